@@ -1,0 +1,88 @@
+"""What the router's replicas ask of an engine, whichever library runs inside.
+
+An engine imports no Ray and no HTTP: it must run on a machine that has only torch and its own library.
+
+A **home** is what has to be resident for an adapter to be answered: its cluster, or, for a truncated or
+raw adapter, its own factors. Homes are named as in ``cluster.serving_map``: ``cluster:0``, ``factors:odd-one``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One sequence to continue.
+
+    ``adapter`` is an adapter id, or None for the base model. Exactly one of ``prompt`` (text, tokenized as
+    it stands with the tokenizer's own special tokens), ``prompt_token_ids`` and ``messages`` (chat, through
+    the base's chat template) is set. ``max_tokens`` None means: up to the context's end.
+    ``seed`` None means: fresh randomness. ``temperature`` 0 is greedy.
+    """
+
+    request_id: str
+    adapter: str | None
+    prompt: str | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    messages: tuple[dict[str, str], ...] | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerationChunk:
+    """A piece of an answer, in order. The last one, and only it, has ``finish_reason`` ("stop" or "length").
+
+    ``text`` never ends inside a character, and never holds any part of a stop string that matched.
+    ``num_prompt_tokens`` and ``num_completion_tokens`` are running totals.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineHealth:
+    """``homes`` maps each home this engine was given to "ready" or to the reason it is unavailable.
+
+    ``num_running`` requests are in the batch, ``num_waiting`` wait for a place in it.
+    """
+
+    alive: bool
+    homes: dict[str, str] = field(default_factory=dict)
+    num_running: int = 0
+    num_waiting: int = 0
+
+
+class Engine(Protocol):
+    """``generate`` raises RequestError for a request it cannot answer, UnknownAdapter for an adapter that
+    is not in its map, HomeUnavailable for one whose home failed or was detached. All three are raised
+    before the first chunk. Closing the stream (aclose, or cancelling its consumer) frees the batch row.
+    """
+
+    async def start(self) -> None:
+        """Load the base and attach the homes the engine was made with. A home that fails is recorded as
+        unavailable in ``health`` and never raised; a base that fails is raised."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]: ...
+
+    async def attach(self, home: str) -> None:
+        """Make ``home`` resident. Raises BundleError or StoreError, and records the reason in ``health``."""
+
+    async def detach(self, home: str) -> None:
+        """Forget ``home``; requests already running on it finish first, new ones get HomeUnavailable."""
+
+    def health(self) -> EngineHealth: ...
+
+    async def stop(self) -> None: ...

@@ -1,0 +1,33 @@
+"""What many tests stand on: the real base model, the shipped adapters, a real S3 server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any library that reads it: nothing is ever fetched from a hub, and Ray reports nothing home.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+pytest_plugins = ["tests.seaweed"]
+
+REPOSITORY = Path(__file__).parent.parent
+ZOO = REPOSITORY / "infra" / "zoo"
+
+
+@pytest.fixture(scope="session")
+def base_path() -> Path:
+    """SmolLM2-135M-Instruct as a transformers folder, made once into build/base."""
+    from infra.make_base import make_base
+
+    target = REPOSITORY / "build" / "base"
+    make_base(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def zoo_path() -> Path:
+    """The shipped real adapters, a folder each."""
+    return ZOO / "adapters"
