@@ -191,7 +191,8 @@ def read_object(store: Store, sha: str, where: str) -> dict[str, Tensor]:
             "delete it and run the compression job again"
         )
     try:
-        return load_tensors(data)
+        tensors: dict[str, Tensor] = load_tensors(data)
+        return tensors
     except (SafetensorError, ValueError, KeyError) as error:
         raise BundleError(f"{where}: object {object_key(sha)} is not safetensors ({error})") from None
 

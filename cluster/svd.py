@@ -1,0 +1,108 @@
+"""Per-adapter truncated SVD: the grade below a shared basis, and the baseline beside every joint figure.
+
+Legend as in factors.py; M = B A with A (R, d_in), B (d_out, R).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.adapter import Factors
+from cluster.factors import FactorStack
+
+
+def svd_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD of M = B A, never formed: (U (d_out, R), s (R,) descending, V (d_in, R)), float64."""
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().T)
+    left, s, right_t = torch.linalg.svd(R_B @ R_A.T)
+    return Q_B @ left, s, Q_A @ right_t.T
+
+
+def truncate(A: Tensor, B: Tensor, rank: int) -> Factors:
+    """The best factors of at most ``rank`` in Frobenius norm: A (q, d_in), B (d_out, q), float32."""
+    U, s, V = svd_factors(A, B)
+    q = min(rank, len(s))
+    root = s[:q].sqrt()
+    return (V[:, :q] * root).T.float().contiguous(), (U[:, :q] * root).float()
+
+
+def spectra(stack: FactorStack) -> list[np.ndarray]:
+    """Squared singular values of each adapter's M_i, descending, float64, R_i of them.
+
+    By eigenvalues of L^T (A A^T) L with B B^T = L L^T: R x R matrices only, batched.
+    """
+    gram_A = _grams(stack, stack.A)
+    values, vectors = torch.linalg.eigh(_grams(stack, stack.B))
+    L = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
+    energies = torch.linalg.eigvalsh(L.mT @ gram_A @ L).clamp_min(0).flip(1) * stack.norms.square().unsqueeze(1)
+    return [energies[i, :rank].numpy() for i, rank in enumerate(stack.ranks)]
+
+
+def smallest_rank(module_spectra: Sequence[np.ndarray], gate: float) -> tuple[int, float]:
+    """The smallest q for which cutting every module to rank q leaves an error <= ``gate``; and that error.
+
+    ``module_spectra``: squared singular values by module. q is at most the largest rank (error 0).
+    """
+    total = sum(float(spectrum.sum()) for spectrum in module_spectra)
+    largest = max(len(spectrum) for spectrum in module_spectra)
+    for q in range(1, largest):
+        error = sum(float(spectrum[q:].sum()) for spectrum in module_spectra) / total
+        if error <= gate:
+            return q, error
+    return largest, 0.0
+
+
+def errors_at_equal_bytes(
+    adapters: Mapping[str, Mapping[str, np.ndarray]], component_bytes: Mapping[str, int], budget_bytes: int
+) -> dict[str, float]:
+    """Error of each adapter when plain SVD may spend ``budget_bytes`` on all of them together.
+
+    ``adapters``: id -> module -> squared singular values; ``component_bytes``: module -> bytes of one
+    singular component there. The budget is spent component by component where a byte lowers the mean error
+    most, in ranks that may differ by adapter and module: the best that truncation can do for the mean, so
+    that the joint figure beside it is not flattered.
+    """
+    kept = components_at_equal_bytes(adapters, component_bytes, budget_bytes)
+    errors = {}
+    for adapter_id, modules in adapters.items():
+        total = sum(float(spectrum.sum()) for spectrum in modules.values())
+        lost = sum(float(spectrum[kept[adapter_id, module] :].sum()) for module, spectrum in modules.items())
+        errors[adapter_id] = lost / total
+    return errors
+
+
+def components_at_equal_bytes(
+    adapters: Mapping[str, Mapping[str, np.ndarray]], component_bytes: Mapping[str, int], budget_bytes: int
+) -> dict[tuple[str, str], int]:
+    """(id, module) -> how many singular components the budget of ``errors_at_equal_bytes`` keeps."""
+    owners, gains, costs = [], [], []
+    for adapter_id, modules in adapters.items():
+        total = sum(float(spectrum.sum()) for spectrum in modules.values())
+        for module, spectrum in modules.items():
+            owners += [(adapter_id, module)] * len(spectrum)
+            gains.append(spectrum / total / component_bytes[module])
+            costs.append(np.full(len(spectrum), component_bytes[module]))
+    # Stable: of equal gains (a spectrum's zeros) the earlier component comes first, so each owner keeps a prefix.
+    order = np.argsort(-np.concatenate(gains), kind="stable")
+    affordable = order[np.cumsum(np.concatenate(costs)[order]) <= budget_bytes]
+    kept = dict.fromkeys(owners, 0)
+    for index in affordable:
+        kept[owners[index]] += 1
+    return kept
+
+
+def _grams(stack: FactorStack, rows: Tensor) -> Tensor:
+    """(n, R, R) float64 Gram matrices of each adapter's rows, zero beyond its rank."""
+    R, n = max(stack.ranks), stack.num_adapters
+    grams = torch.zeros(n, R, R, dtype=torch.float64)
+    start = 0
+    for i, rank in enumerate(stack.ranks):
+        own = rows[start : start + rank].double()
+        grams[i, :rank, :rank] = own @ own.T
+        start += rank
+    return grams
