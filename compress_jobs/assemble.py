@@ -1,0 +1,101 @@
+"""From parts to objects: a cluster's basis and cores, or the factors of an adapter that stands alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load as load_tensors
+
+from cluster.adapter import AdapterRecord, Factors, factored_energy, hash_tensors, read_modules
+from cluster.errors import AdapterChanged
+from cluster.factors import stack_factors
+from cluster.manifest import served_revision
+from cluster.publish import StoredObject, put_object
+from cluster.svd import smallest_rank, spectra, truncate
+from compress_jobs.context import JobContext
+
+
+@dataclass(frozen=True)
+class AssembledCluster:
+    """``served`` are the served revisions of the members kept, in the order of their slots."""
+
+    basis: StoredObject
+    cores: StoredObject
+    served: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StandaloneAdapter:
+    """A truncated or raw adapter. ``squared_errors``: module -> ||M - M^||^2 of the stored factors."""
+
+    mode: str
+    rank: int
+    factors: StoredObject
+    served: str
+    squared_errors: dict[str, float]
+
+
+def assemble_cluster(context: JobContext, cluster: int, num_layers: int, kept: Sequence[int]) -> AssembledCluster:
+    """Join a cluster's parts into its two objects. ``kept`` are the positions, among the cluster's members, of
+    the adapters that are served from it; they become slots 0, 1, ..."""
+    store = context.out()
+    basis: dict[str, torch.Tensor] = {}
+    cores: dict[str, torch.Tensor] = {}
+    for layer in range(num_layers):
+        for name, tensor in load_tensors(store.read(context.fit_key(layer, cluster)).data).items():
+            if name.endswith((".U", ".V")):
+                basis[name] = tensor
+            else:
+                cores[name] = tensor[list(kept)]
+    stored_basis, stored_cores = put_object(store, basis), put_object(store, cores)
+    served = tuple(
+        served_revision("core", stored_basis.sha, hash_tensors({name: core[slot] for name, core in cores.items()}))
+        for slot in range(len(kept))
+    )
+    return AssembledCluster(stored_basis, stored_cores, served)
+
+
+def write_standalone(context: JobContext, record: AdapterRecord) -> StandaloneAdapter | AdapterChanged:
+    """Store an adapter's own factors: whole if it is opted out by ``--raw``, else cut by SVD to the smallest
+    rank that meets the gate (with ``--method svd``: to the given rank, if that meets it)."""
+    try:
+        factors = read_modules(context.adapters(), record, list(record.modules))
+    except AdapterChanged as changed:
+        return changed
+    factors = {module: pair for module, pair in factors.items() if record.modules[module].energy > 0}
+    largest = max(A.shape[0] for A, _ in factors.values())
+    rank = largest if context.options.is_raw(record.adapter_id) else _rank_by_gate(context, factors)
+    mode = "truncated" if rank < largest else "raw"
+    if mode == "truncated":
+        stored = {module: _rounded(truncate(A, B, rank), context.dtype) for module, (A, B) in factors.items()}
+    else:
+        # Whole means whole: where the bundle's dtype would round (a folded scale, float32 sources), keep float32.
+        exact = all(torch.equal(t, t.to(context.dtype).float()) for pair in factors.values() for t in pair)
+        stored = {module: _rounded(pair, context.dtype if exact else torch.float32) for module, pair in factors.items()}
+    tensors = {f"{module}.{name}": t for module, pair in stored.items() for name, t in zip("AB", pair, strict=True)}
+    return StandaloneAdapter(
+        mode=mode,
+        rank=rank,
+        factors=put_object(context.out(), tensors),
+        served=served_revision(mode, hash_tensors(tensors)),
+        squared_errors={module: squared_difference(factors[module], stored[module]) for module in factors},
+    )
+
+
+def squared_difference(ours: Factors, theirs: Factors) -> float:
+    """||B A - B' A'||_F^2 in factored form and float64, clamped at 0."""
+    A = torch.cat([ours[0].double(), theirs[0].double()])
+    B = torch.cat([ours[1].double(), -theirs[1].double()], dim=1)
+    return max(factored_energy(A, B), 0.0)
+
+
+def _rank_by_gate(context: JobContext, factors: dict[str, Factors]) -> int:
+    stacks = [stack_factors([(0, pair)]) for pair in factors.values()]
+    needed, _ = smallest_rank([spectra(stack)[0] for stack in stacks if stack is not None], context.options.gate)
+    return max(needed, context.options.rank) if context.options.method == "svd" else needed
+
+
+def _rounded(pair: Factors, dtype: torch.dtype) -> Factors:
+    return pair[0].to(dtype).contiguous(), pair[1].to(dtype).contiguous()

@@ -1,0 +1,90 @@
+"""What a run tells at its end, and leaves beside the revision as report.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from cluster.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class ErrorFigure:
+    """Mean and worst squared relative error over a set of adapters, and who is worst."""
+
+    mean: float
+    worst: float
+    worst_adapter: str
+
+    @staticmethod
+    def of(errors: Mapping[str, float]) -> ErrorFigure | None:
+        if not errors:
+            return None
+        worst = max(errors, key=lambda adapter_id: errors[adapter_id])
+        return ErrorFigure(sum(errors.values()) / len(errors), errors[worst], worst)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of one run. Errors: ``served`` as published, over the adapters that were fitted; ``on_basis`` the
+    same before the gate; ``random_split`` the same for a random balanced split of the same size;
+    ``svd_equal_bytes`` for plain truncation with the bytes that those adapters take in the bundle."""
+
+    bundle: str
+    num_adapters: int
+    num_on_basis: int
+    num_truncated: int
+    num_raw: int
+    num_refused: int
+    cluster_sizes: dict[str, int]
+    num_modules: int
+    bytes_before: int
+    bytes_after: int
+    served: ErrorFigure | None
+    on_basis: ErrorFigure | None
+    random_split: ErrorFigure | None
+    svd_equal_bytes: ErrorFigure | None
+    clustering_start: str
+    seconds: dict[str, float]
+    bytes_read: int
+    peak_task_memory_bytes: int
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+    def lines(self, manifest: Manifest) -> list[str]:
+        ratio = self.bytes_before / self.bytes_after
+        out = [
+            f"adapters   {self.num_adapters} served: {self.num_on_basis} on a basis, {self.num_truncated} truncated, "
+            f"{self.num_raw} raw; {self.num_refused} refused",
+            f"clusters   {len(self.cluster_sizes)} of rank {manifest.method.rank}, "
+            f"sizes {' '.join(map(str, self.cluster_sizes.values())) or '-'}",
+            f"modules    {self.num_modules}",
+            f"bytes      {self.bytes_before:,} before, {self.bytes_after:,} after ({ratio:.2f} times fewer)",
+            "error      squared, energy-weighted             mean    worst",
+        ]
+        rows = [("as served", self.served)]
+        if self.on_basis != self.served:
+            rows.append(("all on their basis (no gate)", self.on_basis))
+        rows += [("random balanced split", self.random_split), ("SVD at equal bytes", self.svd_equal_bytes)]
+        for name, figure in rows:
+            if figure is not None:
+                out.append(f"           {name:<34} {figure.mean:6.4f}   {figure.worst:6.4f}  {figure.worst_adapter}")
+        if self.random_split is not None and self.on_basis is not None and len(self.cluster_sizes) > 1:
+            out.append(f"           {_verdict(self.on_basis.mean, self.random_split.mean)}")
+        for mode in ("truncated", "raw"):
+            for adapter_id, adapter in sorted(manifest.adapters.items()):
+                if adapter.mode == mode:
+                    out.append(f"{mode:<10} {adapter_id}: rank {adapter.rank}, error {adapter.error:.4f}")
+        for adapter_id, refused in sorted(manifest.refused.items()):
+            out.append(f"refused    {adapter_id} ({refused.reason}): {refused.message}")
+        out.append("seconds    " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items()))
+        out.append(f"read       {self.bytes_read:,} bytes; largest task {self.peak_task_memory_bytes >> 20} MiB")
+        return out
+
+
+def _verdict(error: float, random_error: float) -> str:
+    if error < random_error * 0.99:
+        return f"clustering lowers the error of a random split by {1 - error / random_error:.1%}"
+    return "clustering is no better than a random split here: these adapters show no groups worth the name"

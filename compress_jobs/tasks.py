@@ -1,0 +1,91 @@
+"""The Ray side of the job: thin remote shells around its steps, and a bounded number of them in flight."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+import torch
+
+from cluster.errors import CtsError, StoreUnreachable
+from compress_jobs import assemble, fit_layer, inspect_adapter
+from compress_jobs.options import RunOptions
+
+# A lost worker is tried again, and so is a store that stayed away; wrong input never is.
+_RETRIES = {"max_retries": 3, "retry_exceptions": [StoreUnreachable]}
+
+
+def _remote(step: Any) -> Any:
+    """The step as a Ray task on one CPU. One thread: the same bytes on every machine of a kind, and tasks
+    that share a node do not fight for its cores."""
+
+    def run(*arguments: Any) -> Any:
+        torch.set_num_threads(1)
+        return step(*arguments)
+
+    run.__name__ = run.__qualname__ = step.__name__
+    return ray.remote(num_cpus=1, **_RETRIES)(run)
+
+
+inspect_task = _remote(inspect_adapter.inspect_adapter)
+cluster_task = _remote(inspect_adapter.cluster_adapters)
+fit_layer_task = _remote(fit_layer.fit_layer)
+assemble_task = _remote(assemble.assemble_cluster)
+standalone_task = _remote(assemble.write_standalone)
+
+
+def connect(options: RunOptions) -> None:
+    """Join the Ray cluster that this runs on (``ray job submit`` names it in RAY_ADDRESS), or start one here."""
+    # Ray warns about this default on every start otherwise.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=options.num_cpus or os.cpu_count() or 1,
+        include_dashboard=False,
+        object_store_memory=512 << 20,
+        log_to_driver=False,
+        logging_level="warning",
+    )
+
+
+def run_bounded(task: Any, calls: Sequence[tuple[Any, ...]], in_flight: int) -> Iterator[tuple[int, Any]]:
+    """Run ``task`` once for each tuple of arguments, at most ``in_flight`` at a time; yields (index, result)
+    as they end. Raises the step's own error, or CtsError when Ray lost the task for good."""
+    waiting = iter(enumerate(calls))
+    running: dict[Any, int] = {}
+    while True:
+        while len(running) < in_flight and (call := next(waiting, None)) is not None:
+            running[task.remote(*call[1])] = call[0]
+        if not running:
+            return
+        done, _ = ray.wait(list(running), num_returns=1)
+        index = running.pop(done[0])
+        yield index, _result(done[0])
+
+
+def run_one(task: Any, *arguments: Any) -> Any:
+    return _result(task.remote(*arguments))
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, CtsError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise CtsError(
+            f"Ray lost a task and its retries ({type(error).__name__}): {error}; "
+            "look at the node's memory (`ray status`, `ray memory`) and run the job again"
+        ) from None
+
+
+def default_in_flight() -> int:
+    return max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
