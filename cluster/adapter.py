@@ -102,7 +102,8 @@ def list_adapters(store: Store) -> list[AdapterFiles]:
             folders.setdefault(folder, {})[name] = entry
     return [
         AdapterFiles(
-            adapter_id=folder,
+            # A local file name need not be UTF-8; its id is refused, and must still be printable.
+            adapter_id=folder.encode(errors="backslashreplace").decode(),
             config=entries.get(CONFIG_FILE),
             weights=entries.get(WEIGHTS_FILE),
             has_pickle=any(map(_PICKLE.fullmatch, entries)),
@@ -137,7 +138,7 @@ def read_adapter(store: Store, files: AdapterFiles, base: BaseModel) -> tuple[Ad
         raise refuse(
             "base",
             f"it was trained on {config.base_name!r}, this base is {' or '.join(sorted(base.accepted_names))}; "
-            f"if that is the same model, add --accept-base {config.base_name}",
+            f"if that is the same model, add --accept-base {config.base_name!r}",
         )
     weights = store.read(files.weights.key)
     places = _places(refuse, weights.data)

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import regex
 
 from cluster.errors import AdapterRefused
 
-# A pattern comes from outside; one that backtracks for ever must not hold the job.
-_PATTERN_TIMEOUT_S = 1.0
+# Patterns come from outside; one that backtracks for ever must not hold the job. For all of an adapter's together.
+_PATTERNS_TIMEOUT_S = 5.0
+# Characters times counted repeats, which the regex library unrolls: ((a{1000}){1000}){1000} would fill the memory.
+_MAX_PATTERN_SIZE = 100_000
 
 _SUPPORTED = {
     "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
@@ -27,7 +32,7 @@ _SUPPORTED = {
 # What they hold says how the adapter came about, or belongs to a feature whose own switch stands below.
 _WITHOUT_EFFECT = {
     "peft_version", "inference_mode", "lora_dropout", "auto_mapping", "megatron_core", "qalora_group_size",
-    "runtime_config", "merge_weights",
+    "runtime_config", "merge_weights", "eva_config",
 }  # fmt: skip
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -40,7 +45,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     # change its weights, so their adapters may stand on a base that nobody else has.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "loftq_config": (None, {}),
-    "eva_config": (None, {}),
     "corda_config": (None, {}),
     "lora_ga_config": (None, {}),
     "velora_config": (None, {}),
@@ -76,6 +80,7 @@ class AdapterConfig:
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: tuple[int, ...]
     layers_pattern: tuple[str, ...]
+    patterns: _Patterns = field(repr=False, compare=False)
 
     def rank(self, module: str) -> int:
         return self.rank_pattern.get(self._pattern_key(self.rank_pattern, module), self.r)
@@ -94,30 +99,68 @@ class AdapterConfig:
             return True
         if not self._listed(self.target_modules, module):
             return False
-        if not self.layers_to_transform or isinstance(self.target_modules, str):
+        # PEFT looks at the layer only where a name in a list matched the end of the module's.
+        if not self.layers_to_transform or isinstance(self.target_modules, str) or module in self.target_modules:
             return True
-        patterns = self.layers_pattern or (r"[^.]*",)
-        for pattern in patterns:
-            if found := self._match(rf"(?:.*?\.)?{pattern}\.(?P<idx>\d+)\.", module, prefix=True):
-                return int(found["idx"]) in self.layers_to_transform
-        return False
+        return self._layer(module) in self.layers_to_transform
+
+    def _layer(self, module: str) -> int | None:
+        patterns = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in self.layers_pattern]
+        for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
+            if found := self.patterns.match(pattern, module):
+                return None if found["idx"] is None else int(found["idx"])
+        return None
 
     def _listed(self, names: str | tuple[str, ...], module: str) -> bool:
         if isinstance(names, str):
-            return bool(names) and self._match(names, module) is not None
+            return bool(names) and self.patterns.fullmatch(names, module) is not None
         return any(module == name or module.endswith(f".{name}") for name in names)
 
     def _pattern_key(self, patterns: Mapping[str, Any], module: str) -> str:
-        return next((key for key in patterns if self._match(rf"(.*\.)?({key})$", module, prefix=True)), "")
+        return next((key for key in patterns if self.patterns.match(rf"(.*\.)?({key})$", module)), module)
 
-    def _match(self, pattern: str, module: str, prefix: bool = False) -> Any:
+
+class _Patterns:
+    """An adapter's patterns, each compiled once, all of them within one allowance of time."""
+
+    def __init__(self, adapter_id: str) -> None:
+        self.adapter_id = adapter_id
+        self._compiled: dict[str, Any] = {}
+        self._left_s = _PATTERNS_TIMEOUT_S
+
+    def match(self, pattern: str, module: str) -> Any:
+        return self._timed(pattern, module, "match")
+
+    def fullmatch(self, pattern: str, module: str) -> Any:
+        return self._timed(pattern, module, "fullmatch")
+
+    def _timed(self, pattern: str, module: str, method: str) -> Any:
+        start_s = time.monotonic()
         try:
-            compiled = regex.compile(pattern)
-            return (compiled.match if prefix else compiled.fullmatch)(module, timeout=_PATTERN_TIMEOUT_S)
-        except (regex.error, TimeoutError) as error:
+            if self._left_s <= 0:
+                raise TimeoutError(f"the patterns together take more than {_PATTERNS_TIMEOUT_S} s")
+            if pattern not in self._compiled:
+                self._compiled[pattern] = _compile(pattern)
+            found = getattr(self._compiled[pattern], method)(module, timeout=self._left_s)
+        except (re.error, regex.error, TimeoutError, RecursionError, ValueError, OverflowError, MemoryError) as error:
             raise AdapterRefused(
-                self.adapter_id, "pattern", f"pattern {pattern!r} of adapter_config.json cannot be used: {error!r}"
+                self.adapter_id,
+                "pattern",
+                f"pattern {_shorten(pattern)} of adapter_config.json cannot be used: {error!r}; list the names instead",
             ) from None
+        self._left_s -= time.monotonic() - start_s
+        return found
+
+
+def _compile(pattern: str) -> Any:
+    counts = (max(int(count), 1) for count in re.findall(r"[{,](\d+)", pattern))
+    if len(pattern) > _MAX_PATTERN_SIZE or len(pattern) * math.prod(counts) > _MAX_PATTERN_SIZE:
+        raise ValueError(f"its length times its counted repeats is above {_MAX_PATTERN_SIZE}")
+    # `re` is what PEFT uses: what it refuses (recursion, \\p{...}) or takes literally must mean nothing else here.
+    re.compile(pattern)
+    if re.search(r"\{(?!,?\d)", pattern):
+        raise ValueError("a brace that is no counted repeat")
+    return regex.compile(pattern)
 
 
 def parse_adapter_config(adapter_id: str, data: bytes) -> AdapterConfig:
@@ -139,7 +182,9 @@ def _check_key(adapter_id: str, key: str, value: Any) -> None:
     if key in _SUPPORTED or key in _WITHOUT_EFFECT:
         return
     if key not in _NEUTRAL:
-        raise AdapterRefused(adapter_id, "unknown-key", f"adapter_config.json has the unknown key {key!r} = {value!r}")
+        raise AdapterRefused(
+            adapter_id, "unknown-key", f"adapter_config.json has the unknown key {_shorten(key)} = {_shorten(value)}"
+        )
     # `in` would take 0 for False and 1 for True.
     if not any(type(value) is type(neutral) and value == neutral for neutral in _NEUTRAL[key]):
         raise AdapterRefused(
@@ -186,6 +231,7 @@ class _Reader:
             exclude_modules=self.names("exclude_modules"),
             layers_to_transform=tuple(layers),
             layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else self.names("layers_pattern"),  # type: ignore[arg-type]
+            patterns=_Patterns(self.adapter_id),
         )
 
     def names(self, key: str) -> str | tuple[str, ...]:
@@ -209,7 +255,8 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value != 0
+    # Not isfinite: an int may be too large for a float.
+    return type(value) in (int, float) and 0 < abs(value) <= sys.float_info.max
 
 
 def _shorten(value: Any) -> str:

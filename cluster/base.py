@@ -75,12 +75,13 @@ def read_base(address: str, *, name: str | None = None, accept: Iterable[str] = 
 
 def _read_config(store: Store) -> dict[str, Any]:
     try:
-        config = json.loads(store.read("config.json").data)
+        # Some configs hold Infinity (Mamba's time_step_limit), which canonical JSON does not.
+        config = json.loads(store.read("config.json").data, parse_constant=str)
     except StoreMissing as error:
         raise BaseModelError(
             f"base model {store.uri}: no config.json there ({error}); expected a folder that transformers loads"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BaseModelError(f"base model {store.uri}: config.json is not JSON; download the model again") from None
     if not isinstance(config, dict):
         raise BaseModelError(f"base model {store.uri}: config.json is not a JSON object; download the model again")

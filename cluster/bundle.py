@@ -28,6 +28,7 @@ from cluster.store import Store, open_store
 HomeWeights = dict[str, ModuleWeights]
 """Module name -> its weights, for one home."""
 
+_BUNDLE_ID = re.compile(r"b-[0-9a-f]{16}")
 _PINNED = re.compile(r"(?P<out>.+)/bundles/(?P<bundle>b-[0-9a-f]{16})/?")
 
 
@@ -55,9 +56,10 @@ def read_current(store: Store) -> tuple[Current, str] | None:
     except StoreMissing:
         return None
     try:
-        document = json.loads(blob.data)
-        current = Current(str(document["bundle"]), int(document["revision"]), str(document["token"]))
-    except (ValueError, KeyError, TypeError):
+        current = Current(**json.loads(blob.data))
+        if _BUNDLE_ID.fullmatch(current.bundle) is None or type(current.revision) is not int or current.revision < 0:
+            raise ValueError
+    except (ValueError, TypeError, RecursionError):
         raise BundleError(
             f"{store.uri}/CURRENT is {blob.data[:80]!r}, expected bundle, revision and token as JSON; "
             "delete it to start over, or point it at a published revision"

@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar, cast
 
@@ -151,7 +153,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     """Raises BundleError, naming ``where`` and the field, unless ``data`` is a valid manifest."""
     try:
         document = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{where}: not JSON ({error}); publish the bundle again") from None
     top = _Fields(document, where)
     if (version := top.take("format", int)) != FORMAT:
@@ -236,9 +238,11 @@ class _Fields:
             raise BundleError(f"{self.where}: key {key!r} is missing")
         value = self.document[key]
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) <= sys.float_info.max else math.inf
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise BundleError(f"{self.where}: {key} is {value!r}, expected {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BundleError(f"{self.where}: {key} is {value!r}, expected a finite number")
         self._left.discard(key)
         return value
 

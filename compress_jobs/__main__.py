@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from cluster.bundle import Bundle
@@ -51,9 +53,21 @@ def main(arguments: list[str] | None = None) -> int:
         "--to", metavar="DIR", type=Path, required=True, help="folder to write; must not exist, or be empty"
     )
 
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="held-out loss and exact match: base, uncompressed, served, SVD at equal bytes",
+        description="Held-out loss and exact match of the base, the uncompressed adapters, the adapters as served, and "
+        "plain SVD in the same bytes. The last line is one JSON object.",
+    )
+    evaluate.add_argument("uri", help="the job's --out, or <out>/bundles/<bundle_id>")
+    evaluate.add_argument("--adapters", metavar="URI", required=True, help="the collection that was compressed")
+    evaluate.add_argument("--base", metavar="PATH", required=True, help="the base model's local folder")
+    evaluate.add_argument("--tasks", metavar="FILE", type=Path, required=True, help="JSON lines: name, question, test")
+    evaluate.add_argument("--rows", metavar="N", type=int, default=32, help="held-out rows an adapter (default: 32)")
+
     parsed = parser.parse_args(arguments)
     try:
-        return {"run": _run, "show": _show, "export": _export}[parsed.command](parsed)
+        return {"run": _run, "show": _show, "export": _export, "evaluate": _evaluate}[parsed.command](parsed)
     except ConfigError as error:
         print(f"compress_jobs: {error}", file=sys.stderr)
         return 2
@@ -97,6 +111,20 @@ def _export(parsed: argparse.Namespace) -> int:
 
     num_modules = export_adapter(Bundle.open(parsed.uri), parsed.adapter, parsed.to)
     print(f"wrote {parsed.adapter} ({num_modules} modules) to {parsed.to}")
+    return 0
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from compress_jobs.evaluate import VARIANTS, evaluate, mean_scores, read_tasks
+
+    tasks = read_tasks(parsed.tasks, parsed.rows)
+    scores = evaluate(Bundle.open(parsed.uri), parsed.base, parsed.adapters, tasks)
+    means = mean_scores(scores)
+    print(f"{'loss / exact match':<24}" + "".join(f"{variant:>18}" for variant in VARIANTS))
+    for name, row in [*scores.items(), ("mean", means)]:
+        cells = (f"{row[variant].loss:9.3f} / {row[variant].exact_match:5.3f}" for variant in VARIANTS)
+        print(f"{name:<24}" + "".join(f"{cell:>18}" for cell in cells))
+    print(json.dumps({"adapters": len(scores), "rows": parsed.rows} | {v: asdict(means[v]) for v in VARIANTS}))
     return 0
 
 

@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
+from cluster.adapter import Factors
 from cluster.bundle import Bundle
 from cluster.errors import ConfigError, UnknownAdapter
 from cluster.layer import ModuleWeights
+
+
+def served_factors(bundle: Bundle, adapter_id: str) -> dict[str, Factors]:
+    """Module -> (A, B), float32, of what is served: A = V^T, B = U S, or the adapter's own factors.
+
+    Modules of its cluster that the adapter does not touch are left out. Raises UnknownAdapter, BundleError.
+    """
+    if adapter_id not in bundle.manifest.adapters:
+        raise UnknownAdapter(f"adapter {adapter_id!r} is not in {bundle.address}; `show` lists those that are")
+    served = bundle.serving_map.find(adapter_id)
+    factors = {module: _factors(weights, served.slot) for module, weights in bundle.load_home(served.home).items()}
+    return {module: (A, B) for module, (A, B) in factors.items() if B.any()}
 
 
 def export_adapter(bundle: Bundle, adapter_id: str, target: Path) -> int:
@@ -19,27 +31,21 @@ def export_adapter(bundle: Bundle, adapter_id: str, target: Path) -> int:
     B = U S and A = V^T for an adapter on a basis, its own factors otherwise. Returns the number of modules.
     Raises UnknownAdapter, ConfigError when ``target`` is not an empty folder, BundleError, StoreError.
     """
-    if adapter_id not in bundle.manifest.adapters:
-        raise UnknownAdapter(f"adapter {adapter_id!r} is not in {bundle.address}; `show` lists those that are")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--to {target}: exists and is not an empty folder; give a new one")
-    served = bundle.serving_map.find(adapter_id)
-    tensors, ranks = {}, {}
-    for module, weights in bundle.load_home(served.home).items():
-        A, B = _factors(weights, served.slot)
-        if not B.any():  # a module of the cluster that this adapter does not touch
-            continue
+    factors = served_factors(bundle, adapter_id)
+    tensors = {}
+    for module, (A, B) in factors.items():
         name = f"base_model.model.{module}"
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = A.contiguous(), B.contiguous()
-        ranks[module] = A.shape[0]
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = _peft_config(bundle.manifest.base.name, ranks)
+    config = _peft_config(bundle.manifest.base.name, {module: A.shape[0] for module, (A, _) in factors.items()})
     (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return len(ranks)
+    return len(factors)
 
 
-def _factors(weights: ModuleWeights, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(weights: ModuleWeights, slot: int) -> Factors:
     U, V = weights.U.float(), weights.V.float()
     if weights.cores is None:
         return V.T, U

@@ -1,0 +1,73 @@
+"""Answers other than 200, in the OpenAI API's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.errors import EngineStopped, HomeUnavailable, RequestError, ServeError, UnknownAdapter
+
+RETRY_AFTER_S = 1
+
+
+class ApiError(ServeError):
+    """An answer other than 200, in OpenAI's shape."""
+
+    def __init__(
+        self, status: int, message: str, *, kind: str, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(status, message)
+        self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.message}"
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, kind="invalid_request_error", param=param, code=code)
+
+
+def unavailable(message: str) -> ApiError:
+    return ApiError(503, message, kind="service_unavailable_error", code="service_unavailable")
+
+
+def overloaded(message: str) -> ApiError:
+    return ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded")
+
+
+def timed_out(message: str) -> ApiError:
+    return ApiError(504, message, kind="timeout_error", code="timeout")
+
+
+def unknown_model(model: str) -> ApiError:
+    message = f"The model {model!r} does not exist; GET /v1/models lists those that do"
+    return ApiError(404, message, kind="invalid_request_error", param="model", code="model_not_found")
+
+
+def internal_error() -> ApiError:
+    """Says nothing about the inside: the log does."""
+    return ApiError(500, "The server failed to answer; its log has the reason", kind="server_error", code="internal")
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What an error of ours, or any other, is to a client."""
+    match error:
+        case ApiError():
+            return error
+        case RequestError():
+            return invalid(error.message, error.param)
+        case UnknownAdapter():
+            return ApiError(404, str(error), kind="invalid_request_error", param="model", code="model_not_found")
+        case HomeUnavailable() | EngineStopped():
+            return unavailable(str(error))
+        case TimeoutError():
+            return timed_out("The request took longer than limits.request_timeout_s; ask for fewer tokens")
+        case _:
+            return internal_error()

@@ -1,0 +1,145 @@
+"""The Ray Serve application: ``serve run serve_app.app:build bundle=<out> base=<model>``.
+
+Opens the bundle, checks that the base is the one it was made for, plans the placement, refuses what does not
+fit, and only then hands Serve a router and a deployment for each group. Nothing is loaded here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import torch
+from ray import serve
+from ray.serve import Application
+from ray.serve.schema import LoggingConfig
+
+from cluster.base import read_base
+from cluster.bundle import Bundle
+from cluster.manifest import Manifest
+from cluster.store import open_store
+from serve_app.arguments import Arguments, parse_arguments
+from serve_app.base_files import check_base, is_hub_id
+from serve_app.group_replica import GroupReplica, ReplicaSpec
+from serve_app.http_api import make_api
+from serve_app.placement import Group, check_fit, count_needs, home_sizes, plan_groups
+from serve_app.router import Router, RouterSpec
+
+ROUTER_CPUS = 0.1
+# Status and health calls, and answers being cancelled, come on top of what the router lets through. Serve's
+# own limit must never show: it would hold requests back without a word, where the router says 429.
+SPARE_CALLS = 64
+SPARE_REQUESTS = 1024
+HEALTH_CHECK_PERIOD_S = 2
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application for ``args`` (see ``serve_app.arguments``), its bundle and revision pinned.
+
+    Raises ConfigError, BundleError, StoreError, BaseModelError, and PlacementError when it does not fit.
+    """
+    arguments = parse_arguments(args)
+    bundle = Bundle.open(arguments.bundle, arguments.revision)
+    base = arguments.base if is_hub_id(arguments.base) else open_store(arguments.base).uri
+    device = choose_device(arguments.device)
+    dtype = arguments.dtype if arguments.dtype != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device]
+    groups = plan(arguments, bundle.manifest, base, device, dtype)
+    specs = [replica_spec(arguments, bundle, base, group, device, dtype) for group in groups]
+    handles = {
+        spec.name: replica_deployment(arguments, spec, group.replicas).bind(spec)
+        for spec, group in zip(specs, groups, strict=True)
+    }
+    limits = arguments.limits
+    router = RouterSpec(
+        bundle=bundle.address,
+        revision=bundle.manifest.revision,
+        homes={group.name: group.homes for group in groups},
+        max_inflight=limits.max_inflight,
+        max_prompts=limits.max_prompts,
+        request_timeout_s=limits.request_timeout_s,
+    )
+    return serve.deployment(
+        serve.ingress(make_api)(Router),
+        name="router",
+        num_replicas=1,  # it counts what is in flight
+        ray_actor_options={"num_cpus": ROUTER_CPUS},
+        max_ongoing_requests=len(groups) * limits.max_inflight + SPARE_REQUESTS,
+    ).bind(router, handles)
+
+
+def plan(arguments: Arguments, manifest: Manifest, base: str, device: str, dtype: str) -> tuple[Group, ...]:
+    """The groups; their fit is checked as far as this machine can know the base and the device's memory."""
+    placement, limits = arguments.placement, arguments.limits
+    devices: int | None = placement.devices if placement.devices != "auto" else None
+    if devices is None and placement.clusters_per_group == "auto":
+        devices = max(count_devices(device), placement.replicas)
+    groups = plan_groups(home_sizes(manifest, dtype), placement.clusters_per_group, devices, placement.replicas)
+    if is_hub_id(base):
+        return groups  # only the replica sees its files
+    model = read_base(base)
+    check_base(base, model.fingerprint, manifest.base)
+    memory = placement.device_memory if placement.device_memory != "auto" else memory_of(device)
+    if memory is not None:
+        config: Mapping[str, Any] = json.loads(open_store(base).read("config.json").data)
+        needs = count_needs(config, model.size_bytes, dtype, limits.max_batch, limits.max_model_len)
+        check_fit(groups, needs, memory)
+    return groups
+
+
+def replica_spec(arguments: Arguments, bundle: Bundle, base: str, group: Group, device: str, dtype: str) -> ReplicaSpec:
+    return ReplicaSpec(
+        name=group.name,
+        bundle=bundle.address,
+        revision=bundle.manifest.revision,
+        base=base,
+        homes=group.homes,
+        device=device,
+        dtype=dtype,
+        max_batch=arguments.limits.max_batch,
+        max_model_len=arguments.limits.max_model_len,
+        num_threads=max(1, int(arguments.placement.num_cpus)),
+    )
+
+
+def replica_deployment(arguments: Arguments, spec: ReplicaSpec, replicas: int) -> serve.Deployment:
+    return serve.deployment(
+        GroupReplica,
+        name=spec.name,
+        num_replicas=replicas,
+        ray_actor_options={
+            "num_cpus": arguments.placement.num_cpus,
+            "num_gpus": 1 if spec.device == "cuda" else 0,
+        },
+        max_ongoing_requests=arguments.limits.max_inflight + SPARE_CALLS,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=5,
+        # The router asks for the status every second.
+        logging_config=LoggingConfig(enable_access_log=False),
+    )
+
+
+def choose_device(device: str) -> str:
+    if device != "auto":
+        return device
+    if ray.is_initialized():
+        return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def count_devices(device: str) -> int:
+    """GPUs, or machines on CPU, of the Ray cluster; of this machine where Ray is not connected yet."""
+    if ray.is_initialized():
+        if device == "cuda":
+            return int(ray.cluster_resources().get("GPU", 0))
+        return sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0)
+    return torch.cuda.device_count() if device == "cuda" else 1
+
+
+def memory_of(device: str) -> int | None:
+    """Bytes of this machine's first such device; None where it has none to look at."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,179 @@
+"""The application's arguments: what ``serve run serve_app.app:build key=value`` and a Serve config file may say.
+
+A command line hands over flat strings (``limits.max_batch=16``), a config file nested YAML
+(``limits: {max_batch: 16}``). Both end in the same frozen ``Arguments``; a key that is not known, or a value
+that is not what the key expects, is a ConfigError that names it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+from cluster.errors import ConfigError
+
+ENGINES = ("auto", "transformers")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_BYTE_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6}
+_BYTE_UNITS |= {"GB": 10**9, "TB": 10**12}
+
+Auto = Literal["auto"]
+Parser = Callable[[Any], Any]
+T = TypeVar("T")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("a non-empty string")
+    return value.strip()
+
+
+def _one_of(*names: str) -> Parser:
+    def parse(value: Any) -> str:
+        if value not in names:
+            raise ValueError("one of " + ", ".join(names))
+        return str(value)
+
+    return parse
+
+
+def _whole(minimum: int) -> Parser:
+    def parse(value: Any) -> int:
+        if isinstance(value, str) and re.fullmatch(r"\d+", value.strip()):
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ValueError(f"a whole number of at least {minimum}")
+        return value
+
+    return parse
+
+
+def _positive(value: Any) -> float:
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError("a number above 0")
+    return number
+
+
+def _size(value: Any) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+    if isinstance(value, bool) or not match or match[2] not in _BYTE_UNITS or float(match[1]) == 0:
+        raise ValueError("a size such as 80GiB, or a number of bytes")
+    return int(float(match[1]) * _BYTE_UNITS[match[2]])
+
+
+def _auto_or(parse: Parser) -> Parser:
+    def parse_or_auto(value: Any) -> Any:
+        if value == "auto":
+            return value
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise ValueError(f"auto, or {error}") from None
+
+    return parse_or_auto
+
+
+@dataclass(frozen=True)
+class PlacementArguments:
+    """How the bundle's clusters are laid over groups, and what each replica asks of the Ray cluster.
+
+    ``devices`` is how many replicas can be held (GPUs, or machines on CPU), ``replicas`` and ``num_cpus``
+    are of each group, ``device_memory`` is bytes of one device.
+    """
+
+    clusters_per_group: Annotated[int | Auto, _auto_or(_whole(1))] = "auto"
+    devices: Annotated[int | Auto, _auto_or(_whole(1))] = "auto"
+    replicas: Annotated[int, _whole(1)] = 1
+    num_cpus: Annotated[float, _positive] = 1.0
+    device_memory: Annotated[int | Auto, _auto_or(_size)] = "auto"
+
+
+@dataclass(frozen=True)
+class LimitArguments:
+    """``max_batch`` sequences of at most ``max_model_len`` tokens run together in a replica; ``max_inflight``
+    sequences of a group may run or wait before the router answers 429; a request with more than ``max_prompts``
+    prompts is refused, one that takes longer than ``request_timeout_s`` is given up (504)."""
+
+    max_batch: Annotated[int, _whole(1)] = 32
+    max_model_len: Annotated[int, _whole(2)] = 2048
+    max_inflight: Annotated[int, _whole(1)] = 256
+    max_prompts: Annotated[int, _whole(1)] = 64
+    request_timeout_s: Annotated[float, _positive] = 300.0
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """``bundle`` is ``<out>`` or ``<out>/bundles/<id>``; ``base`` a local folder, an ``s3://`` prefix or a hub id."""
+
+    bundle: Annotated[str, _text]
+    base: Annotated[str, _text]
+    revision: Annotated[int | None, _whole(0)] = None
+    engine: Annotated[str, _one_of(*ENGINES)] = "auto"
+    device: Annotated[str, _one_of(*DEVICES)] = "auto"
+    dtype: Annotated[str, _one_of(*DTYPES)] = "auto"
+    placement: PlacementArguments = field(default_factory=PlacementArguments)
+    limits: LimitArguments = field(default_factory=LimitArguments)
+
+
+def parse_arguments(document: Mapping[str, Any]) -> Arguments:
+    """Raises ConfigError naming the key, what was seen and what is expected. A null value means the default."""
+    left = _flatten(document)
+    placement = _take(PlacementArguments, "placement.", left)
+    limits = _take(LimitArguments, "limits.", left)
+    arguments = _take(Arguments, "", left, placement=placement, limits=limits)
+    if left:
+        raise ConfigError(f"unknown argument {sorted(left)[0]!r}; known are {', '.join(known_keys())}")
+    if limits.max_prompts > limits.max_inflight:
+        raise ConfigError(
+            f"limits.max_prompts is {limits.max_prompts}, more than limits.max_inflight {limits.max_inflight}: "
+            "such a request could never be admitted; lower the first or raise the second"
+        )
+    return arguments
+
+
+def known_keys() -> list[str]:
+    """Every key in its flat form."""
+    nested = [f"placement.{name}" for name in _parsers(PlacementArguments)]
+    return [*_parsers(Arguments), *nested, *(f"limits.{name}" for name in _parsers(LimitArguments))]
+
+
+def _parsers(kind: type) -> dict[str, Parser]:
+    """Field -> its parser, which stands in the field's annotation."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+
+
+def _flatten(document: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        group = key in ("placement", "limits")
+        if group and not isinstance(value, Mapping) and value is not None:
+            raise ConfigError(f"argument {key} is {value!r}, expected a mapping, or {key}.<option>=<value>")
+        items = {f"{key}.{name}": option for name, option in (value or {}).items()} if group else {key: value}
+        for name, option in items.items():
+            if name in flat:
+                raise ConfigError(f"argument {name} is given twice, nested and flat; give it once")
+            flat[name] = option
+    return flat
+
+
+def _take(kind: type[T], prefix: str, left: dict[str, Any], **values: Any) -> T:
+    """Move the options of ``kind`` out of ``left``."""
+    for name, parse in _parsers(kind).items():
+        value = left.pop(prefix + name, None)
+        if value is not None:
+            try:
+                values[name] = parse(value)
+            except ValueError as error:
+                raise ConfigError(f"argument {prefix}{name} is {value!r}, expected {error}") from None
+        elif not hasattr(kind, name):
+            raise ConfigError(f"argument {name} is missing; give {name}=..., known are {', '.join(known_keys())}")
+    return kind(**values)

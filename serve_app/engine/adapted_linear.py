@@ -1,0 +1,85 @@
+"""The linear layers of a model, each adding the deltas of the homes that are resident.
+
+Hooked onto the model's own ``nn.Linear`` modules: the base's weights and the way through the model stay
+what they are, and rows of the base model get exactly the base's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import BundleError
+from cluster.layer import ModuleWeights, TokenGroup, add_compressed_delta
+
+
+class AdaptedLinears:
+    """All linear layers of ``model``. ``groups`` says whose the tokens of the next forward pass are.
+
+    ``add`` and ``remove`` must not run beside a forward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.groups: Sequence[TokenGroup] = ()
+        self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self._weights: dict[str, dict[str, ModuleWeights]] = {}  # module -> home -> weights
+
+    def prepare(
+        self,
+        home: str,
+        weights: Mapping[str, ModuleWeights],
+        num_slots: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> dict[str, ModuleWeights]:
+        """The same weights on the model's device. Raises BundleError when they do not fit the model, or
+        have fewer than the ``num_slots`` cores that the serving map speaks of."""
+        for name, module_weights in weights.items():
+            self._check(home, name, module_weights, num_slots)
+        return {name: module_weights.to(device, dtype) for name, module_weights in weights.items()}
+
+    def add(self, home: str, weights: Mapping[str, ModuleWeights]) -> None:
+        self.remove(home)
+        for name, module_weights in weights.items():
+            if name not in self._weights:
+                self._weights[name] = {}
+                self._linears[name].register_forward_hook(self._hook(self._weights[name]))
+            self._weights[name][home] = module_weights
+
+    def remove(self, home: str) -> None:
+        for by_home in self._weights.values():
+            by_home.pop(home, None)
+
+    def _hook(self, by_home: Mapping[str, ModuleWeights]) -> Any:
+        def add_deltas(linear: nn.Linear, inputs: tuple[Tensor], out: Tensor) -> None:
+            x = inputs[0].reshape(-1, linear.in_features)
+            add_compressed_delta(out.view(-1, linear.out_features), x, self.groups, by_home)
+
+        return add_deltas
+
+    def _check(self, home: str, name: str, weights: ModuleWeights, num_slots: int) -> None:
+        linear = self._linears.get(name)
+        if linear is None:
+            raise BundleError(
+                f"home {home!r} changes module {name!r}, which is no linear layer of the base model loaded here; "
+                "serve the bundle on the base it was made for"
+            )
+        r = weights.U.shape[-1]
+        expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
+            ("U", weights.U, (linear.out_features, r)),
+            ("V", weights.V, (linear.in_features, r)),
+        ]
+        if weights.cores is not None:
+            n = weights.cores.shape[0]
+            expected.append(("cores", weights.cores, (n, r, r) if weights.cores.dim() == 3 else (n, r)))
+            if n < num_slots:
+                raise BundleError(f"home {home!r}: {n} cores at module {name!r}, the serving map has {num_slots} slots")
+        for part, tensor, shape in expected:
+            if tuple(tensor.shape) != shape:
+                raise BundleError(
+                    f"home {home!r}: {part} of module {name!r} is {tuple(tensor.shape)}, expected {shape} for the base "
+                    "model loaded here; serve the bundle on the base it was made for"
+                )

@@ -1,0 +1,87 @@
+"""A request's prompt as token ids, and every reason to refuse the request before it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import RequestError
+from serve_app.engine.protocol import GenerationRequest
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """For one base model: its tokenizer, the ids it has embeddings for, and the context's length in tokens."""
+
+    tokenizer: Any
+    vocab_size: int
+    max_model_len: int
+
+    def read(self, request: GenerationRequest) -> tuple[list[int], int]:
+        """The prompt's token ids and how many tokens may follow. Raises RequestError."""
+        _check_options(request)
+        param = "messages" if request.messages is not None else "prompt"
+        token_ids = self._token_ids(request)
+        if not token_ids:
+            raise RequestError(f"the {param} is empty; at least one token is needed", param)
+        if outside := [token for token in token_ids if not 0 <= token < self.vocab_size]:
+            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}", param)
+        room = self.max_model_len - len(token_ids)
+        if room <= 0:
+            raise RequestError(
+                f"the {param} has {len(token_ids)} tokens, the context holds {self.max_model_len} with the answer; "
+                "shorten it",
+                param,
+            )
+        max_tokens = room if request.max_tokens is None else request.max_tokens
+        if max_tokens > room:
+            raise RequestError(
+                f"the {param} has {len(token_ids)} tokens and max_tokens is {max_tokens}, together "
+                f"{len(token_ids) + max_tokens}, but the context holds {self.max_model_len}; "
+                f"ask for {room} tokens at most",
+                "max_tokens",
+            )
+        if request.min_tokens > max_tokens:
+            raise RequestError(f"min_tokens is {request.min_tokens}, but at most {max_tokens} tokens fit", "min_tokens")
+        return token_ids, max_tokens
+
+    def _token_ids(self, request: GenerationRequest) -> list[int]:
+        if request.prompt_token_ids is not None:
+            return list(request.prompt_token_ids)
+        if request.prompt is not None:
+            return self._encode("prompt", lambda: self.tokenizer(request.prompt)["input_ids"])
+        if not request.messages:
+            raise RequestError("messages is empty; at least one message is needed", "messages")
+        messages = [dict(message) for message in request.messages]
+        return self._encode(
+            "messages",
+            lambda: self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            ),
+        )
+
+    @staticmethod
+    def _encode(param: str, encode: Callable[[], Any]) -> list[int]:
+        try:
+            return [int(token) for token in encode()]
+        except Exception as error:
+            # A chat template is a program of the base model: it may raise anything.
+            raise RequestError(f"{param} cannot be tokenized: {type(error).__name__}: {error}", param) from error
+
+
+def _check_options(request: GenerationRequest) -> None:
+    given = [request.prompt is not None, request.prompt_token_ids is not None, request.messages is not None]
+    if sum(given) != 1:
+        raise RequestError("exactly one of prompt, prompt_token_ids and messages is needed", "prompt")
+
+    def need(condition: bool, param: str, expected: str) -> None:
+        if not condition:
+            raise RequestError(f"{param} is {getattr(request, param)!r}, expected {expected}", param)
+
+    need(request.max_tokens is None or request.max_tokens >= 1, "max_tokens", "1 or more")
+    need(request.min_tokens >= 0, "min_tokens", "0 or more")
+    need(math.isfinite(request.temperature) and request.temperature >= 0, "temperature", "0 or more")
+    need(0 < request.top_p <= 1, "top_p", "more than 0 and at most 1")
+    need(all(request.stop), "stop", "strings of at least one character")

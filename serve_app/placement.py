@@ -1,0 +1,128 @@
+"""Placement: which group holds which homes. Pure functions on data; Ray is asked by the caller.
+
+A group is one deployment; each of its replicas occupies a device with the base and all the group's homes.
+A plan that does not fit is refused here, before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import BaseModelError, PlacementError
+from cluster.manifest import Manifest
+from cluster.serving_map import cluster_home, factors_home
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# What activations, the allocator's slack and the library itself need is not counted one by one.
+USABLE_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Group:
+    """``resident_bytes`` is what the homes take on a device, besides the base."""
+
+    name: str
+    homes: tuple[str, ...]
+    replicas: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that each replica needs besides its homes: the base's weights, and keys and values of a full batch."""
+
+    base_bytes: int
+    kv_bytes: int
+
+
+def home_sizes(manifest: Manifest, dtype: str) -> dict[str, int]:
+    """Home -> bytes on a device that holds it as ``dtype``; the manifest counts those of its own dtype."""
+
+    def resident(*objects: str) -> int:
+        stored = sum(manifest.objects[name] for name in objects)
+        return stored * DTYPE_BYTES[dtype] // DTYPE_BYTES.get(manifest.method.dtype, 4)
+
+    sizes = {cluster_home(name): resident(c.basis, c.cores) for name, c in manifest.clusters.items()}
+    factors = {factors_home(name): resident(a.factors) for name, a in manifest.adapters.items() if a.factors}
+    return sizes | factors
+
+
+def plan_groups(
+    sizes: Mapping[str, int], clusters_per_group: int | str, devices: int | None, replicas: int
+) -> tuple[Group, ...]:
+    """Spread the homes of ``sizes`` (home -> bytes) over groups.
+
+    Clusters: ``clusters_per_group`` each, or, for ``auto``, one a group while ``devices`` hold
+    ``replicas`` of every group, else packed evenly. Factors homes follow, by bytes, so that groups end equally
+    full. A bundle without clusters, or without anything, still gets a group. ``devices`` None: not known, no bound.
+    Raises PlacementError when the groups need more devices than there are.
+    """
+    clusters = [home for home in sizes if home.startswith("cluster:")]
+    factors = [home for home in sizes if not home.startswith("cluster:")]
+    if clusters_per_group == "auto":
+        num_groups = min(len(clusters), (devices or 1) // replicas)
+    else:
+        num_groups = -(-len(clusters) // int(clusters_per_group))
+    num_groups = max(num_groups, 1)
+    if devices is not None and num_groups * replicas > devices:
+        raise PlacementError(
+            f"{len(clusters)} clusters at clusters_per_group={clusters_per_group} are {num_groups} groups of "
+            f"{replicas} replicas, {num_groups * replicas} devices in all; there are {devices}: raise "
+            "placement.clusters_per_group, lower placement.replicas or add devices"
+        )
+    members: list[list[str]] = [[] for _ in range(num_groups)]
+    filled = [0] * num_groups
+    # Largest first into the emptiest: within 4/3 of the best possible balance (Graham 1969).
+    for home in sorted(clusters, key=lambda home: (-sizes[home], home)):
+        # Fewest clusters before fewest bytes, or a group could end with none, or with more than it may have.
+        _put(
+            home, min(range(num_groups), key=lambda index: (len(members[index]), filled[index])), members, filled, sizes
+        )
+    for home in sorted(factors, key=lambda home: (-sizes[home], home)):
+        _put(home, min(range(num_groups), key=filled.__getitem__), members, filled, sizes)
+    return tuple(
+        Group(f"group-{index}", tuple(sorted(homes)), replicas, filled[index]) for index, homes in enumerate(members)
+    )
+
+
+def _put(home: str, index: int, members: list[list[str]], filled: list[int], sizes: Mapping[str, int]) -> None:
+    members[index].append(home)
+    filled[index] += sizes[home]
+
+
+def count_needs(config: Mapping[str, Any], stored_bytes: int, dtype: str, max_batch: int, max_model_len: int) -> Needs:
+    """From the base's ``config.json`` and the bytes of its weights as stored.
+
+    kv_bytes = max_batch * max_model_len * 2 * layers * kv_heads * head_dim * bytes of ``dtype``.
+    """
+    text = config.get("text_config", config)
+    try:
+        heads = int(text["num_attention_heads"])
+        kv_heads = int(text.get("num_key_value_heads") or heads)
+        head_dim = int(text.get("head_dim") or int(text["hidden_size"]) // heads)
+        token_bytes = 2 * int(text["num_hidden_layers"]) * kv_heads * head_dim * DTYPE_BYTES[dtype]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BaseModelError(f"base model: config.json does not give the size of its attention ({error!r})") from None
+    stored_dtype = str(config.get("dtype") or config.get("torch_dtype") or dtype)
+    base_bytes = stored_bytes * DTYPE_BYTES[dtype] // DTYPE_BYTES.get(stored_dtype, DTYPE_BYTES[dtype])
+    return Needs(base_bytes, max_batch * max_model_len * token_bytes)
+
+
+def check_fit(groups: Sequence[Group], needs: Needs, device_memory: int) -> None:
+    """Raises PlacementError, with the figures, for the first group that does not fit ``device_memory`` bytes."""
+    for group in groups:
+        total = needs.base_bytes + group.resident_bytes + needs.kv_bytes
+        if total > USABLE_SHARE * device_memory:
+            raise PlacementError(
+                f"{group.name} with {len(group.homes)} homes needs {_gib(total)} on its device: base "
+                f"{_gib(needs.base_bytes)}, adapters {_gib(group.resident_bytes)}, keys and values of "
+                f"max_batch x max_model_len tokens {_gib(needs.kv_bytes)}; {USABLE_SHARE:.0%} of its "
+                f"{_gib(device_memory)} can be used: lower limits.max_batch or limits.max_model_len, or "
+                "placement.clusters_per_group with more devices"
+            )
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB"
