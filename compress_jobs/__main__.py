@@ -84,8 +84,9 @@ def _run(parsed: argparse.Namespace) -> int:
     # Here, for Ray is slow to import and --help should not be.
     from compress_jobs import job, tasks
 
+    prepared = job.prepare(chosen)
     tasks.connect(chosen)
-    outcome = job.run(chosen)
+    outcome = job.run(prepared)
     manifest = outcome.manifest
     if outcome.summary is None:
         print("unchanged: these inputs and options are published already, nothing new was written")

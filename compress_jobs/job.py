@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from cluster.adapter import AdapterRecord, list_adapters
+from cluster.adapter import AdapterFiles, AdapterRecord, list_adapters
 from cluster.base import read_base
 from cluster.bundle import read_current, read_manifest
 from cluster.clustering import Assignment, Labels, sample_modules
@@ -67,8 +67,9 @@ class Job:
 
     context: JobContext
     store: Store
-    in_flight: int
-    seen_current: str | None = None
+    folders: list[AdapterFiles]
+    seen_current: str | None
+    in_flight: int = 1
     records: dict[str, AdapterRecord] = field(default_factory=dict)
     records_read: dict[str, AdapterRecord] = field(default_factory=dict)
     refused: dict[str, Refused] = field(default_factory=dict)
@@ -101,12 +102,31 @@ class Job:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
 
-def run(options: RunOptions) -> Outcome:
+def prepare(options: RunOptions) -> Job:
+    """Look at everything from outside that can be wrong before Ray is asked for anything: the base, the
+    store that will be published on, the collection. Raises CtsError within half a minute."""
+    base = read_base(options.base, name=options.base_name or None, accept=options.accept_base)
+    context = JobContext(uuid4().hex[:12], options, base, tuple(sample_modules(list(base.modules))))
+    store = context.out()
+    # Before hours are spent: may this store be published on at all?
+    store.check_conditional_writes()
+    current = read_current(store)
+    try:
+        folders = list_adapters(context.adapters())
+    except StoreMissing as error:
+        raise StoreMissing(f"--adapters: {error}") from None
+    if not folders:
+        raise ConfigError(f"--adapters {options.adapters}: no adapter there; expected folders with adapter_config.json")
+    say(f"{len(folders)} adapters in {options.adapters}")
+    return Job(context, store, folders, seen_current=current[1] if current else None)
+
+
+def run(job: Job) -> Outcome:
     """Compress the collection and publish it. Ray must be connected.
 
     Raises CtsError; then nothing new is visible in the store.
     """
-    job = _start(options)
+    job.in_flight = job.context.options.in_flight or tasks.default_in_flight()
     try:
         with job.phase("inspect"):
             _inspect(job)
@@ -118,36 +138,18 @@ def run(options: RunOptions) -> Outcome:
             _fit(job)
         with job.phase("assemble"):
             _assemble(job)
-        with job.phase("publish"):
-            manifest = _manifest(job)
-            summary = _summary(job, manifest)
-            manifest = publish(job.store, manifest, summary.to_json(), job.seen_current)
+        manifest = _manifest(job)
+        summary = _summary(job, manifest)
+        manifest = publish(job.store, manifest, summary.to_json(), job.seen_current)
         return Outcome(manifest, summary)
     finally:
         _clean_up(job)
 
 
-def _start(options: RunOptions) -> Job:
-    base = read_base(options.base, name=options.base_name or None, accept=options.accept_base)
-    context = JobContext(uuid4().hex[:12], options, base, tuple(sample_modules(list(base.modules))))
-    store = context.out()
-    # Before hours are spent: may this store be published on at all?
-    store.check_conditional_writes()
-    current = read_current(store)
-    return Job(context, store, options.in_flight or tasks.default_in_flight(), current[1] if current else None)
-
-
 def _inspect(job: Job) -> None:
     """Pass 1."""
     options = job.context.options
-    try:
-        folders = list_adapters(job.context.adapters())
-    except StoreMissing as error:
-        raise StoreMissing(f"--adapters: {error}") from None
-    if not folders:
-        raise ConfigError(f"--adapters {options.adapters}: no adapter there; expected folders with adapter_config.json")
-    say(f"{len(folders)} adapters in {options.adapters}")
-    calls = [(job.context, files) for files in folders]
+    calls = [(job.context, files) for files in job.folders]
     for _, result in track(tasks.run_bounded(tasks.inspect_task, calls, job.in_flight), len(calls), "inspect"):
         if result.record is not None:
             job.records[result.adapter_id] = result.record
@@ -159,7 +161,7 @@ def _inspect(job: Job) -> None:
         say(f"refused {adapter_id} ({refusal.reason}): {refusal.message}")
     if not job.records:
         raise ConfigError(
-            f"--adapters {options.adapters}: none of its {len(folders)} adapters can be accepted; see above"
+            f"--adapters {options.adapters}: none of the {len(calls)} adapters can be accepted; see above"
         )
     for pattern in options.raw:
         if not fnmatch.filter(job.records, pattern):

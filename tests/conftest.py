@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,13 @@ def base_path() -> Path:
 def zoo_path() -> Path:
     """The shipped real adapters, a folder each."""
     return ZOO / "adapters"
+
+
+@pytest.fixture(scope="module")
+def ray_for_jobs() -> Iterator[None]:
+    """A Ray of this module's own, with two CPUs."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+    yield
+    ray.shutdown()
