@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from cluster.errors import BundleError, StoreMissing
+from cluster.errors import BundleError, ConfigError, StoreMissing
 from cluster.layer import ModuleWeights
 from cluster.manifest import Adapter, Cluster, Manifest, parse_manifest
 from cluster.serving_map import ServingMap
@@ -29,6 +29,7 @@ HomeWeights = dict[str, ModuleWeights]
 """Module name -> its weights, for one home."""
 
 _BUNDLE_ID = re.compile(r"b-[0-9a-f]{16}")
+_REVISION = re.compile(r"0|[1-9][0-9]*")
 _PINNED = re.compile(r"(?P<out>.+)/bundles/(?P<bundle>b-[0-9a-f]{16})/?")
 
 
@@ -79,9 +80,14 @@ class Bundle:
         """``address`` is ``<out>`` (its CURRENT revision) or ``<out>/bundles/<bundle_id>``, which pins the
         bundle and takes ``revision`` or, without one, the newest.
 
-        Raises StoreMissing when nothing is published there, BundleError when it is not what it should be.
+        Raises StoreMissing when nothing is published there, BundleError when it is not what it should be,
+        ConfigError for a revision without its bundle.
         """
         pinned = _PINNED.fullmatch(address)
+        if revision is not None and not pinned:
+            raise ConfigError(
+                f"{address}: revision {revision} needs the bundle it is of; give <out>/bundles/<bundle_id>"
+            )
         store = open_store(pinned["out"] if pinned else address)
         if pinned:
             bundle = pinned["bundle"]
@@ -164,7 +170,7 @@ def newest_revision(store: Store, bundle: str) -> int:
     numbers = [
         int(part[0])
         for entry in store.list(prefix)
-        if (part := entry.key.removeprefix(prefix).split("/"))[-1] == "manifest.json" and part[0].isdigit()
+        if _REVISION.fullmatch((part := entry.key.removeprefix(prefix).split("/"))[0]) and part[1:] == ["manifest.json"]
     ]
     if not numbers:
         raise StoreMissing(f"{store.uri}: no bundle {bundle!r} there; look at {store.uri}/bundles/ for those that are")

@@ -88,6 +88,12 @@ def assign(sample: Sample, num_clusters: int, rank: int, seed: int) -> Assignmen
     return best
 
 
+def one_cluster(num_adapters: int) -> Assignment:
+    """Everybody together: nothing to choose, nothing to measure (the errors are NaN)."""
+    labels = np.zeros(num_adapters, dtype=np.int64)
+    return Assignment(labels, math.nan, labels, math.nan, "one cluster")
+
+
 def random_balanced(num_adapters: int, num_clusters: int, rng: np.random.Generator) -> Labels:
     """Sizes differ by at most one."""
     return rng.permutation(np.arange(num_adapters, dtype=np.int64) % num_clusters)
@@ -100,7 +106,7 @@ def mean_error(sample: Sample, labels: Labels, rank: int, seed: int) -> float:
         for members, basis in _fit(stack, labels, rank, seed).values():
             own = stack.select(members)
             captured[list(own.members)] += sample.weights[list(own.members), m] * captured_energy(own, basis).numpy()
-    return float(np.mean(1 - captured))
+    return float(np.mean((1 - captured).clip(min=0)))
 
 
 def _fit(stack: FactorStack, labels: Labels, rank: int, seed: int) -> dict[int, tuple[list[int], Basis]]:
@@ -134,7 +140,10 @@ def _held_out_gains(
 ) -> NDArray[np.float64]:
     """(N, k): energy of each adapter that each cluster's basis captures, fitted without the adapter's half."""
     gains = np.zeros((sample.num_adapters, k))
-    halves = rng.permutation(np.arange(sample.num_adapters) % 2)
+    # Half of every cluster: one with nobody left to fit it would look like one that captures nothing.
+    by_cluster = np.argsort(labels + rng.random(sample.num_adapters))
+    halves = np.empty(sample.num_adapters, dtype=np.int64)
+    halves[by_cluster] = np.arange(sample.num_adapters) % 2
     for half in (0, 1):
         fit_labels = np.where(halves == half, -1, labels)
         for m, stack in enumerate(sample.stacks):

@@ -210,8 +210,12 @@ def _check_references(manifest: Manifest, where: str) -> None:
         need(_SHA.fullmatch(adapter.served) is not None, f"adapter {adapter_id} has served revision {adapter.served!r}")
         if adapter.mode == "core":
             need(
-                adapter.cluster in manifest.clusters and adapter.slot is not None and adapter.factors is None,
-                f"adapter {adapter_id} is of mode core with cluster {adapter.cluster!r}, slot {adapter.slot!r}",
+                adapter.cluster in manifest.clusters
+                and adapter.slot is not None
+                and adapter.factors is None
+                and adapter.rank is None,
+                f"adapter {adapter_id} is of mode core with cluster {adapter.cluster!r}, slot {adapter.slot!r}, "
+                f"factors {adapter.factors!r}, rank {adapter.rank!r}",
             )
             home = (cast(str, adapter.cluster), cast(int, adapter.slot))
             num_slots = manifest.clusters[home[0]].num_slots
@@ -221,8 +225,10 @@ def _check_references(manifest: Manifest, where: str) -> None:
         else:
             need(
                 adapter.factors in manifest.objects and adapter.cluster is None and adapter.slot is None,
-                f"adapter {adapter_id} is of mode {adapter.mode} with factors {adapter.factors!r}",
+                f"adapter {adapter_id} is of mode {adapter.mode} with factors {adapter.factors!r}, "
+                f"cluster {adapter.cluster!r}, slot {adapter.slot!r}",
             )
+            need(adapter.rank is not None and adapter.rank > 0, f"adapter {adapter_id} has rank {adapter.rank!r}")
 
 
 class _Fields:

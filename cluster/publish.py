@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from uuid import uuid4
 
 from safetensors.torch import save as save_tensors
@@ -73,8 +73,9 @@ def move_current(store: Store, manifest: Manifest, seen_current: str | None) -> 
             store.replace("CURRENT", data, if_match=seen_current)
     except StoreConflict:
         found = read_current(store)
-        # Our own token: the write had succeeded and only its answer was lost.
-        if found is not None and (found[0].token == wanted.token or replace(found[0], token=wanted.token) == wanted):
+        # Our own token: the write had succeeded and only its answer was lost. Another's token on the same
+        # revision: a job over the same inputs was faster, and what was to be published is.
+        if found is not None and (found[0].bundle, found[0].revision) == (wanted.bundle, wanted.revision):
             return
         there = f"bundle {found[0].bundle} revision {found[0].revision}" if found else "nothing"
         raise PublishConflict(

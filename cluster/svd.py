@@ -16,10 +16,11 @@ from cluster.factors import FactorStack
 
 
 def svd_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin SVD of M = B A, never formed: (U (d_out, R), s (R,) descending, V (d_in, R)), float64."""
+    """The thin SVD of M = B A, never formed: (U (d_out, p), s (p,) descending, V (d_in, p)), float64,
+    p = min(R, d_out, d_in)."""
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().T)
-    left, s, right_t = torch.linalg.svd(R_B @ R_A.T)
+    left, s, right_t = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
     return Q_B @ left, s, Q_A @ right_t.T
 
 

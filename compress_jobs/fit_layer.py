@@ -60,7 +60,8 @@ def fit_layer(
     fit = LayerFit(changed=changed, num_bytes_read=num_bytes)
     parts: dict[int, dict[str, torch.Tensor]] = {int(cluster): {} for cluster in np.unique(labels)}
     for module in modules:
-        stack = stack_factors([(i, found[module]) for i, found in enumerate(factors) if module in found])
+        # Taken out of ``factors``: what has been stacked is not held twice.
+        stack = stack_factors([(i, found.pop(module)) for i, found in enumerate(factors) if module in found])
         if stack is None:
             continue
         fit.squared_errors[module] = _fit_module(context, module, stack, labels, parts)

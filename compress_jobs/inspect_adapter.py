@@ -32,7 +32,7 @@ def inspect_adapter(context: JobContext, files: AdapterFiles) -> Inspected:
         return Inspected(files.adapter_id, None, refused)
     except (StoreForbidden, StoreMissing) as error:
         return Inspected(files.adapter_id, None, AdapterRefused(files.adapter_id, "unreadable", str(error)))
-    if context.options.method == "jd-full" and not context.options.is_raw(files.adapter_id):
+    if context.options.needs_sample and not context.options.is_raw(files.adapter_id):
         context.out().write(context.sample_key(files.adapter_id), _pack_sample(context, factors))
     return Inspected(files.adapter_id, record, None)
 
@@ -44,7 +44,8 @@ def cluster_adapters(context: JobContext, adapter_ids: list[str], num_clusters: 
     for member, adapter_id in enumerate(adapter_ids):
         for module, factors in _unpack_sample(store.read(context.sample_key(adapter_id)).data).items():
             by_module.setdefault(module, []).append((member, factors))
-    stacks = {module: stack_factors(factors) for module, factors in sorted(by_module.items())}
+    # One by one: the sample is the largest thing this task holds, and it need not be there twice.
+    stacks = {module: stack_factors(by_module.pop(module)) for module in sorted(by_module)}
     present = {module: stack for module, stack in stacks.items() if stack is not None}
     sample = Sample.of(present, len(adapter_ids))
     return assign(sample, num_clusters, context.options.rank, context.options.seed)

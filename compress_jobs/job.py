@@ -20,7 +20,7 @@ import numpy as np
 from cluster.adapter import AdapterFiles, AdapterRecord, list_adapters
 from cluster.base import read_base
 from cluster.bundle import read_current, read_manifest
-from cluster.clustering import Assignment, Labels, sample_modules
+from cluster.clustering import Assignment, Labels, one_cluster, sample_modules
 from cluster.errors import AdapterChanged, BundleError, ConfigError, CtsError, StoreMissing
 from cluster.manifest import Adapter, Base, Cluster, Manifest, Refused
 from cluster.publish import missing_objects, publish
@@ -200,6 +200,9 @@ def _cluster(job: Job) -> None:
     if num_clusters < wanted:
         say(f"--clusters {wanted} is more than the {len(job.fitted)} adapters to cluster: using {num_clusters}")
     say(f"cluster: {len(job.fitted)} adapters into {num_clusters}")
+    if num_clusters == 1:
+        job.assignment = one_cluster(len(job.fitted))
+        return
     job.assignment = tasks.run_one(tasks.cluster_task, job.context, job.fitted, num_clusters)
 
 

@@ -77,6 +77,11 @@ class RunOptions:
             raw=tuple(sorted(set(self.raw))),
         )
 
+    @property
+    def needs_sample(self) -> bool:
+        """Whether there is anything to cluster by."""
+        return self.method == "jd-full" and self.clusters > 1
+
     def is_raw(self, adapter_id: str) -> bool:
         return any(fnmatch.fnmatchcase(adapter_id, pattern) for pattern in self.raw)
 

@@ -85,7 +85,8 @@ def plan(arguments: Arguments, manifest: Manifest, base: str, device: str, dtype
     if memory is not None:
         config: Mapping[str, Any] = json.loads(open_store(base).read("config.json").data)
         needs = count_needs(config, model.size_bytes, dtype, limits.max_batch, limits.max_model_len)
-        check_fit(groups, needs, memory)
+        num_replicas = sum(group.replicas for group in groups)
+        check_fit(groups, needs, memory, -(-num_replicas // max(1, count_devices("cpu"))) if device == "cpu" else 1)
     return groups
 
 

@@ -31,13 +31,13 @@ def is_hub_id(base: str) -> bool:
 def resolve_base(base: str, expected: Base, cache: Path | None = None) -> Path:
     """A local folder that transformers can load, holding the base model ``expected``.
 
-    What lies in S3 is downloaded once into ``cache`` (default ``~/.cache/compress-then-serve``), a folder for
+    What lies in S3 is downloaded once into ``cache`` (``default_cache()``), a folder for
     each state of the prefix. Raises BaseModelError when it is another model, StoreError when it cannot be read.
     """
     if is_hub_id(base):
         folder = _from_hub(base)
     elif base.startswith("s3://"):
-        folder = download(open_store(base), cache or Path.home() / ".cache" / "compress-then-serve")
+        folder = download(open_store(base), cache or default_cache())
     else:
         folder = Path(open_store(base).uri)
     check_base(base, read_base(str(folder)).fingerprint, expected)
@@ -51,6 +51,11 @@ def check_base(base: str, fingerprint: str, expected: Base) -> None:
             f"base model {base} has fingerprint {fingerprint[:19]}..., the bundle was made for {expected.name} with "
             f"{expected.fingerprint[:19]}...; give that model as base=..., or run the compression job for this one"
         )
+
+
+def default_cache() -> Path:
+    """Where desktops and servers keep what can be fetched again: ``$XDG_CACHE_HOME``, else ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress-then-serve"
 
 
 def download(store: Store, cache: Path) -> Path:

@@ -100,6 +100,8 @@ class GenerationFields(_Strict):
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
+    # OpenAI has this one for chats alone; load generators send both to both.
+    max_completion_tokens: int | None = Field(None, ge=1)
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
@@ -128,7 +130,7 @@ class GenerationFields(_Strict):
 
     @property
     def max_new_tokens(self) -> int | None:
-        return self.max_tokens
+        return self.max_completion_tokens or self.max_tokens
 
     def sampling(self) -> dict[str, Any]:
         """The fields of GenerationRequest that say how to generate."""
@@ -171,7 +173,7 @@ class CompletionRequest(GenerationFields):
 
     @property
     def max_new_tokens(self) -> int | None:
-        return self.max_tokens or max(COMPLETION_TOKENS, self.min_tokens)
+        return super().max_new_tokens or max(COMPLETION_TOKENS, self.min_tokens)
 
     def generations(self, answer_id: str, adapter: str | None) -> list[GenerationRequest]:
         return [
@@ -218,11 +220,6 @@ class ChatRequest(GenerationFields):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = Field(None, ge=1)
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
 
     def generations(self, answer_id: str, adapter: str | None) -> list[GenerationRequest]:
         messages = tuple({"role": message.role, "content": message.content} for message in self.messages)
@@ -284,13 +281,11 @@ def _from_validation(error: ValidationError) -> ApiError:
 def _check_together(request: GenerationFields) -> None:
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options is only allowed when stream is true", "stream_options")
-    if isinstance(request, ChatRequest):
-        given = {request.max_tokens, request.max_completion_tokens} - {None}
-        if len(given) > 1:
-            raise invalid(
-                f"max_completion_tokens is {request.max_completion_tokens} and max_tokens {request.max_tokens}; "
-                "give one of them",
-                "max_completion_tokens",
-            )
+    if len({request.max_tokens, request.max_completion_tokens} - {None}) > 1:
+        raise invalid(
+            f"max_completion_tokens is {request.max_completion_tokens} and max_tokens {request.max_tokens}; "
+            "give one of them",
+            "max_completion_tokens",
+        )
     if request.max_new_tokens is not None and request.min_tokens > request.max_new_tokens:
         raise invalid(f"min_tokens is {request.min_tokens}, above max_tokens {request.max_new_tokens}", "min_tokens")

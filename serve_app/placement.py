@@ -110,17 +110,20 @@ def count_needs(config: Mapping[str, Any], stored_bytes: int, dtype: str, max_ba
     return Needs(base_bytes, max_batch * max_model_len * token_bytes)
 
 
-def check_fit(groups: Sequence[Group], needs: Needs, device_memory: int) -> None:
-    """Raises PlacementError, with the figures, for the first group that does not fit ``device_memory`` bytes."""
+def check_fit(groups: Sequence[Group], needs: Needs, device_memory: int, replicas_per_device: int = 1) -> None:
+    """Raises PlacementError, with the figures, for the first group that does not fit its share of
+    ``device_memory`` bytes. Replicas have a GPU each; those on CPU share their machine."""
+    share = device_memory // replicas_per_device
     for group in groups:
         total = needs.base_bytes + group.resident_bytes + needs.kv_bytes
-        if total > USABLE_SHARE * device_memory:
+        if total > USABLE_SHARE * share:
             raise PlacementError(
                 f"{group.name} with {len(group.homes)} homes needs {_gib(total)} on its device: base "
                 f"{_gib(needs.base_bytes)}, adapters {_gib(group.resident_bytes)}, keys and values of "
                 f"max_batch x max_model_len tokens {_gib(needs.kv_bytes)}; {USABLE_SHARE:.0%} of its "
-                f"{_gib(device_memory)} can be used: lower limits.max_batch or limits.max_model_len, or "
-                "placement.clusters_per_group with more devices"
+                f"{_gib(share)} can be used"
+                + (f" ({replicas_per_device} replicas share {_gib(device_memory)})" if replicas_per_device > 1 else "")
+                + ": lower limits.max_batch or limits.max_model_len, or placement.clusters_per_group with more devices"
             )
 
 

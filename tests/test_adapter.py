@@ -356,8 +356,8 @@ def _lying_files() -> dict[str, bytes]:
         "header": file({}, 10**12),
         "header-within-8-bytes": struct.pack("<Q", 10**12),
         "offsets": file({names[0]: place}),
-        "shape": file({name: small for name in names}, data=b"abcd"),
-        "shape-of-nothing": file({name: empty for name in names}),
+        "shape": file(dict.fromkeys(names, small), data=b"abcd"),
+        "shape-of-nothing": file(dict.fromkeys(names, empty)),
         "dtype-unknown": file({name: {**small, "dtype": "F4"} for name in names}, data=b"abcd"),
         "beyond-int64": file({names[0]: {**place, "data_offsets": [0, 10**30]}}),
     }

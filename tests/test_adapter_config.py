@@ -170,8 +170,10 @@ def test_targets_are_pefts(changes: dict[str, Any]) -> None:
 
 
 PATTERNS = st.sampled_from(
-    ["q_proj", "", "proj", "model", r"layers\.1", r".*\.0\..*", r"(q|k)_proj", "^q_proj", "q_proj$", "o_proj|v_proj"]
-    + [r"self_attn\..*", r"model.layers.1.self_attn.q_proj", r"[^.]*_proj", r"up_proj", r"layers\.\d+\.self_attn\.q.*"]
+    [
+        *("q_proj", "", "proj", "model", r"layers\.1", r".*\.0\..*", r"(q|k)_proj", "^q_proj", "q_proj$", "up_proj"),
+        *("o_proj|v_proj", r"self_attn\..*", r"model.layers.1.self_attn.q_proj", r"[^.]*_proj", r"layers\.\d+\..*q.*"),
+    ]
 )
 
 

@@ -149,6 +149,8 @@ def test_an_image_in_a_message_is_refused_at_its_place() -> None:
 
 def test_equal_token_limits_are_one_limit() -> None:
     assert chat(max_tokens=4, max_completion_tokens=4).max_new_tokens == 4
+    assert completion(max_tokens=4, max_completion_tokens=4).max_new_tokens == 4
+    assert completion(max_completion_tokens=3).max_new_tokens == 3
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b'"x"', b"[" * 100_000])

@@ -98,3 +98,12 @@ def test_a_plan_fits_up_to_nine_tenths_of_a_device_and_no_byte_more() -> None:
         check_fit(groups, Needs(base_bytes=4 * gib, kv_bytes=3 * gib + 1), 10 * gib)
     for figure in ("group-1", "base 4.00 GiB", "adapters 2.00 GiB", "3.00 GiB", "10.00 GiB"):
         assert figure in str(caught.value)
+
+
+def test_replicas_on_one_machine_share_its_memory() -> None:
+    gib = 2**30
+    groups = [Group(f"group-{index}", (f"cluster:{index}",), 1, gib) for index in range(3)]
+    needs = Needs(base_bytes=gib, kv_bytes=gib)
+    check_fit(groups, needs, 10 * gib, replicas_per_device=3)
+    with pytest.raises(PlacementError, match=r"3 replicas share 9\.00 GiB"):
+        check_fit(groups, needs, 9 * gib, replicas_per_device=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -93,13 +94,11 @@ def test_a_dtype_we_do_not_read_still_has_its_place() -> None:
     ],
 )
 def test_a_header_that_lies_is_a_value_error_that_says_so(tmp_path: Path, data: bytes, seen: str) -> None:
-    with pytest.raises(ValueError, match="") as caught:
+    with pytest.raises(ValueError, match=re.escape(seen)):
         parse_header(data, len(data))
-    assert seen in str(caught.value)
     (tmp_path / "file").write_bytes(data)
-    with pytest.raises(ValueError, match="") as caught:
+    with pytest.raises(ValueError, match=re.escape(seen)):
         read_header(open_store(str(tmp_path)), "file")
-    assert seen in str(caught.value)
 
 
 @pytest.mark.parametrize("cut", [1, 20])
