@@ -44,7 +44,8 @@ class Basis:
 def jd_full(stack: FactorStack, rank: int, seed: int) -> Basis:
     """The basis of rank min(rank, T, d_out, d_in) that captures most of the stack's energy.
 
-    Deterministic in (stack, rank, seed) on one machine and thread count. At rank >= T it is lossless.
+    Deterministic in (stack, rank, seed) on one machine and thread count. At rank >= T it is lossless,
+    unless T exceeds d_out or d_in: U and V have as many columns as one another.
     """
     T = sum(stack.ranks)
     r = min(rank, T, stack.A.shape[1], stack.B.shape[1])

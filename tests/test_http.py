@@ -349,6 +349,7 @@ def drain(connection: socket.socket) -> bytes:
     return received
 
 
+@pytest.mark.slow
 def test_every_placement_serves_the_same_answers(app: App, split_app: App, paired_app: App) -> None:
     groups = [set(one.call("GET", "/ready")[2]["groups"]) for one in (app, paired_app, split_app)]
     assert [len(names) for names in groups] == [1, 2, 3]
@@ -359,6 +360,7 @@ def test_every_placement_serves_the_same_answers(app: App, split_app: App, paire
     assert answers[0] == answers[1] == answers[2]
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_is_given_up_with_504_and_its_rows_are_freed(paired_app: App) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         paired_app.say("add", max_tokens=2000, extra_body={"ignore_eos": True})
@@ -418,6 +420,7 @@ def kill_replica(app: str, deployment: str) -> None:
     ray.kill(ray.get_actor(replica, namespace="serve"))
 
 
+@pytest.mark.slow
 def test_a_base_that_cannot_be_loaded_is_503_with_the_reason_and_no_failed_deployment(
     bundle: Bundle, base_path: Path, port: int, tmp_path: Path
 ) -> None:

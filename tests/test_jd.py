@@ -25,9 +25,9 @@ REAL_MODULES = ("model.layers.14.self_attn.q_proj", "model.layers.20.self_attn.v
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _two_threads() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -67,8 +67,9 @@ def dense_errors(adapters: list[Factors], basis: Basis) -> NDArray[np.float64]:
 
 
 def kept(adapters: list[Factors], rank: int, seed: int) -> float:
-    """Mean captured share, by the dense computation."""
-    return 1 - float(dense_errors(adapters, jd_full(stack_of(adapters), rank, seed)).mean())
+    """Mean of ||U^T M V||^2 / ||M||^2, densely."""
+    U, V = as_numpy(jd_full(stack_of(adapters), rank, seed))
+    return float(np.mean([np.linalg.norm(U.T @ M @ V) ** 2 for M in units(adapters)]))
 
 
 def top_left(columns: Dense, rank: int) -> Dense:
@@ -230,7 +231,7 @@ def test_the_iteration_ends_by_itself_also_with_rank_to_spare(rank: int, monkeyp
 )  # fmt: skip
 def test_it_keeps_as_much_as_the_papers_alternating_algorithm_run_densely_to_its_end(kind: str, rank: int) -> None:
     adapters = collection(kind)
-    num_starts, num_iterations = (2, 25) if kind in REAL_MODULES else (4, 400)
+    num_starts, num_iterations = (2, 15) if kind in REAL_MODULES else (3, 200)
     ours = [kept(adapters, rank, seed) for seed in range(num_starts)]
     theirs = [alternating(adapters, rank, seed, num_iterations) for seed in range(num_starts)]
     assert max(ours) >= max(theirs) - 0.01
@@ -302,7 +303,7 @@ def test_an_adapter_of_zero_norm_leaves_the_basis_bit_for_bit_alone() -> None:
     assert torch.equal(seen.V, expected.V)
 
 
-invariance = settings(derandomize=True, max_examples=10, deadline=None)
+invariance = settings(derandomize=True, max_examples=7, deadline=None)
 seeds = st.integers(0, 10_000)
 
 

@@ -104,6 +104,6 @@ def test_replicas_on_one_machine_share_its_memory() -> None:
     gib = 2**30
     groups = [Group(f"group-{index}", (f"cluster:{index}",), 1, gib) for index in range(3)]
     needs = Needs(base_bytes=gib, kv_bytes=gib)
-    check_fit(groups, needs, 10 * gib, replicas_per_device=3)
+    check_fit(groups, needs, 11 * gib, replicas_per_device=3)
     with pytest.raises(PlacementError, match=r"3 replicas share 9\.00 GiB"):
         check_fit(groups, needs, 9 * gib, replicas_per_device=3)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -136,6 +136,10 @@ some_adapters = st.dictionaries(
 )
 
 
+# One dear component of q, or three cheap ones of v that weigh more together.
+DEAR_AND_CHEAP = {"one": {"q": np.array([6.0]), "v": np.array([5.0, 5.0, 5.0])}}
+
+
 def total_error(adapters: dict[str, dict[str, np.ndarray]], kept: dict[tuple[str, str], int]) -> float:
     """Sum over adapters of sum_m lost / sum_m all."""
     return sum(
@@ -166,6 +170,7 @@ def test_at_one_price_the_baseline_is_the_best_there_is(
 
 
 @few
+@example(adapters=DEAR_AND_CHEAP, cost_q=7, cost_v=1, budget_bytes=7)
 @given(adapters=some_adapters, cost_q=st.integers(1, 7), cost_v=st.integers(1, 7), budget_bytes=st.integers(0, 60))
 def test_at_two_prices_the_baseline_is_the_best_there_is_up_to_one_component(
     adapters: dict[str, dict[str, np.ndarray]], cost_q: int, cost_v: int, budget_bytes: int
@@ -176,14 +181,15 @@ def test_at_two_prices_the_baseline_is_the_best_there_is_up_to_one_component(
     assert all(0 <= count <= len(adapters[adapter_id][module]) for (adapter_id, module), count in kept.items())
     assert sum(count * costs[module] for (_, module), count in kept.items()) <= budget_bytes
     seen, best = total_error(adapters, kept), best_by_brute_force(adapters, costs, budget_bytes)
-    # What one more component could have gained: the first one left out, at most.
-    left_out = [
-        spectrum[kept[adapter_id, module]] / sum(own.sum() for own in modules.values())
+    # No more is missing than the best byte left out could still have bought with what was left over.
+    left_over = budget_bytes - sum(count * costs[module] for (_, module), count in kept.items())
+    gain_per_byte = [
+        spectrum[kept[adapter_id, module]] / sum(own.sum() for own in modules.values()) / costs[module]
         for adapter_id, modules in adapters.items()
         for module, spectrum in modules.items()
         if kept[adapter_id, module] < len(spectrum)
     ]
-    assert best - 1e-9 <= seen <= best + max(left_out, default=0.0) + 1e-9
+    assert best - 1e-9 <= seen <= best + max(gain_per_byte, default=0.0) * left_over + 1e-9
 
 
 def test_errors_at_equal_bytes_are_those_of_dense_truncation() -> None:
