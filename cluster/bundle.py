@@ -128,11 +128,13 @@ class Bundle:
         weights: HomeWeights = {}
         for module, core in cores.items():
             U, V = _pair(basis, module, ("U", "V"), where)
-            r = U.shape[-1]
-            self._check_shape(where, f"{module}.U", U, (self._shape(module, where)[0], r))
-            self._check_shape(where, f"{module}.V", V, (self._shape(module, where)[1], r))
-            wanted = (cluster.num_slots, r, r) if core.dim() == 3 else (cluster.num_slots, r)
-            self._check_shape(where, module, core, wanted)
+            r_U, r_V = U.shape[-1], V.shape[-1]
+            is_diagonal = core.dim() == 2 and r_U == r_V
+            self._check_shape(where, f"{module}.U", U, (self._shape(module, where)[0], r_U))
+            self._check_shape(where, f"{module}.V", V, (self._shape(module, where)[1], r_V))
+            self._check_shape(
+                where, module, core, (cluster.num_slots, r_U) if is_diagonal else (cluster.num_slots, r_U, r_V)
+            )
             weights[module] = ModuleWeights(U, V, core)
         if len(basis) != 2 * len(cores):
             raise BundleError(f"{where}: basis holds {len(basis)} tensors for {len(cores)} modules with cores")

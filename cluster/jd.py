@@ -27,14 +27,11 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Basis:
-    """Orthonormal columns: U (d_out, r), V (d_in, r), float32 until stored."""
+    """Orthonormal columns: U (d_out, r_U), V (d_in, r_V), float32 until stored. r_U = r_V but where the rank
+    exceeds a side of the module."""
 
     U: Tensor
     V: Tensor
-
-    @property
-    def rank(self) -> int:
-        return self.U.shape[1]
 
     def rounded(self, dtype: torch.dtype) -> Basis:
         """As it will be read back from storage in ``dtype``, in float32."""
@@ -42,17 +39,18 @@ class Basis:
 
 
 def jd_full(stack: FactorStack, rank: int, seed: int) -> Basis:
-    """The basis of rank min(rank, T, d_out, d_in) that captures most of the stack's energy.
+    """The basis that captures most of the stack's energy: r_U = min(rank, T, d_out), r_V = min(rank, T, d_in).
 
-    Deterministic in (stack, rank, seed) on one machine and thread count. At rank >= T it is lossless,
-    unless T exceeds d_out or d_in: U and V have as many columns as one another.
+    Each side has its own bound, so that rank >= T is lossless for every module: one bound for both would
+    cut the wider side of a narrow module (k and v under grouped-query attention).
+    Deterministic in (stack, rank, seed) on one machine and thread count.
     """
     T = sum(stack.ranks)
-    r = min(rank, T, stack.A.shape[1], stack.B.shape[1])
+    r_U, r_V = min(rank, T, stack.B.shape[1]), min(rank, T, stack.A.shape[1])
     generator = torch.Generator().manual_seed(seed)
     # A random mix of the factors' own rows, not of all of space: at r = T this is already the whole span.
-    U = _orthonormal(stack.B.T @ torch.randn(T, r, generator=generator))
-    V = _orthonormal(stack.A.T @ torch.randn(T, r, generator=generator))
+    U = _orthonormal(stack.B.T @ torch.randn(T, r_U, generator=generator))
+    V = _orthonormal(stack.A.T @ torch.randn(T, r_V, generator=generator))
     P = stack.padded(stack.A @ V)
     captured = 0.0
     for _ in range(MAX_ITERATIONS):
@@ -68,7 +66,7 @@ def jd_full(stack: FactorStack, rank: int, seed: int) -> Basis:
 
 
 def unit_cores(stack: FactorStack, basis: Basis) -> Tensor:
-    """S_i = U^T M_i V / ||M_i||: the best cores (n, r, r) of the stack's unit-norm adapters, float32."""
+    """S_i = U^T M_i V / ||M_i||: the best cores (n, r_U, r_V) of the stack's unit-norm adapters, float32."""
     return stack.padded(stack.B @ basis.U).mT @ stack.padded(stack.A @ basis.V)
 
 
@@ -80,7 +78,7 @@ def captured_energy(stack: FactorStack, basis: Basis) -> Tensor:
 def relative_errors(stack: FactorStack, basis: Basis, cores: Tensor) -> Tensor:
     """||M_i - U S_i V^T||^2 / ||M_i||^2 (n,), float64, clamped at 0.
 
-    Holds for any U, V and unit-norm cores (n, r, r), so also for those that storage has rounded:
+    Holds for any U, V and unit-norm cores (n, r_U, r_V), so also for those that storage has rounded:
     1 - 2 <U^T M_i V, S_i> + <S_i, U^T U S_i V^T V>. (Float32 products leave about 1e-6 below zero.)
     """
     S = cores.double()

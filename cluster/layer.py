@@ -1,7 +1,8 @@
 """The compressed layer: what a batch of tokens, each of its own adapter, adds to a linear layer's output.
 
-Shapes: T tokens, r rank, n slots of a home. A **home** holds one module's shared factors for its adapters:
-a cluster's basis and cores, or the factors of one truncated or raw adapter (no cores, one slot).
+Shapes: T tokens, n slots of a home, r rank (U and V may differ in it: then a core is r_U x r_V). A **home**
+holds one module's shared factors for its adapters: a cluster's basis and cores, or the factors of one
+truncated or raw adapter (no cores, one slot).
 
 The batch is grouped by home once a step (``group_tokens``), and the groups are used by every module of
 every layer: each home costs two dense products around a gather of its cores, a token is never multiplied
@@ -21,9 +22,9 @@ from torch import Tensor
 class ModuleWeights:
     """One module of one home: slot s adds U S_s V^T (with ``cores`` None: U V^T)."""
 
-    U: Tensor  # (d_out, r)
-    V: Tensor  # (d_in, r)
-    cores: Tensor | None  # (n, r, r) or (n, r) for diagonal cores
+    U: Tensor  # (d_out, r_U)
+    V: Tensor  # (d_in, r_V)
+    cores: Tensor | None  # (n, r_U, r_V), or (n, r) for diagonal cores
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> ModuleWeights:
         cores = None if self.cores is None else self.cores.to(device, dtype)

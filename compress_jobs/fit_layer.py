@@ -53,7 +53,7 @@ def fit_layer(
 ) -> LayerFit:
     """Fit one layer and leave, for every cluster, a part with its bases and its members' cores in ``work/``.
 
-    A part holds ``<module>.U``, ``<module>.V`` and ``<module>`` (members, r, r) in the order of the cluster's
+    A part holds ``<module>.U``, ``<module>.V`` and ``<module>`` (members, r_U, r_V) in the order of the cluster's
     members, in the dtype they will be served in. An adapter whose file has changed is reported and left out.
     """
     factors, changed, num_bytes = _read(context, modules, records)
@@ -105,13 +105,13 @@ def _fit_module(
             continue
         basis = jd_full(own, context.options.rank, context.seed(module, cluster))
         stored = basis.rounded(context.dtype)
-        norms = own.norms.float().view(-1, 1, 1)
+        norms = own.norms.view(-1, 1, 1)
         cores = (unit_cores(own, stored) * norms).to(context.dtype)
-        relative = relative_errors(own, stored, cores.float() / norms)
+        relative = relative_errors(own, stored, cores / norms)
         squared_errors[list(own.members)] = (relative * own.norms.square()).numpy()
 
         members = np.flatnonzero(labels == cluster)
-        rows = torch.zeros(len(members), basis.rank, basis.rank, dtype=context.dtype)
+        rows = torch.zeros(len(members), *cores.shape[1:], dtype=context.dtype)
         rows[np.searchsorted(members, own.members)] = cores
         part[f"{module}.U"] = basis.U.to(context.dtype).contiguous()
         part[f"{module}.V"] = basis.V.to(context.dtype).contiguous()

@@ -11,6 +11,8 @@ import pytest
 # Before any library that reads it: nothing is ever fetched from a hub, and Ray reports nothing home.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# numpy's threads spin while they wait; on few cores they take them from everybody else.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 pytest_plugins = ["tests.seaweed"]
 
