@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +27,16 @@ BIN = Path(sys.executable).parent
 PATIENCE_S = 180
 
 
+def environment(**more: str) -> dict[str, str]:
+    """As a user's with the virtual environment activated (a job's `python` is the one that Ray was started
+    with), and as Ray asks since it protects its ports with a token."""
+    return os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"} | more
+
+
 @contextlib.contextmanager
 def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
     """A command in a process group of its own, which is gone at the end."""
-    # As in an activated environment: a job's `python` is the one that Ray was started with.
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), start_new_session=True)
     try:
         yield process
     finally:
@@ -40,6 +45,7 @@ def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
             process.wait(20)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def free_port() -> int:
@@ -55,14 +61,16 @@ def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
             urllib.request.urlopen(url, timeout=5).close()
             return
         except OSError as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code == 401:
+                return  # the dashboard is up, and asks for Ray's token, which its own commands know
             assert process.poll() is None, f"{process.args} ended"
             assert time.monotonic() < deadline, f"{url}: {error}"
             time.sleep(0.5)
 
 
-def run(*command: str, **environment: str) -> str:
+def run(*command: str, **more: str) -> str:
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE_S
+        command, cwd=REPOSITORY, env=environment(**more), capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -130,7 +138,7 @@ def test_a_submitted_job_that_cannot_publish_fails_with_its_message(cluster: tup
             *("python", "-m", "compress_jobs", "run", "--adapters", "/nowhere", "--base", "/nowhere"),
             *("--out", str(tmp_path)),
         ],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_S,
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode != 0
     assert "/nowhere" in done.stdout + done.stderr
