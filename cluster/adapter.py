@@ -32,6 +32,7 @@ MAX_CONFIG_BYTES = 1 << 20
 # Two reads closer than this are one request: a gap costs less than a round trip.
 _MERGE_GAP_BYTES = 64 << 10
 
+_EPSILON = torch.finfo(torch.float32).eps
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _PICKLE = re.compile(r"adapter_model.*\.(bin|pt|pth)")
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -212,9 +213,15 @@ def check_id(adapter_id: str, base: BaseModel) -> None:
 
 
 def factored_energy(A: Tensor, B: Tensor) -> float:
-    """||B A||_F^2 = tr((B^T B)(A A^T)), in float64; A (r, d_in), B (d_out, r). The product is never formed."""
+    """||B A||_F^2 = tr((B^T B)(A A^T)), in float64; A (r, d_in), B (d_out, r). The product is never formed.
+
+    0 where B A cancels to less than the rounding of float32 factors: nothing of it is left in them, and the
+    trace, itself a rounding error then, may even come out negative.
+    """
     A, B = A.double(), B.double()
-    return float(((B.T @ B) * (A @ A.T)).sum())
+    energy = float(((B.T @ B) * (A @ A.T)).sum())
+    without_cancelling = float((A.norm(dim=1) * B.norm(dim=0)).sum())
+    return energy if energy > (_EPSILON * without_cancelling) ** 2 else 0.0
 
 
 class _Refuse:

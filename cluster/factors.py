@@ -13,8 +13,6 @@ from torch import Tensor
 
 from cluster.adapter import Factors, factored_energy
 
-_EPSILON = torch.finfo(torch.float32).eps
-
 
 @dataclass(frozen=True)
 class FactorStack:
@@ -66,16 +64,12 @@ class FactorStack:
 
 def stack_factors(factors: Sequence[tuple[int, Factors]]) -> FactorStack | None:
     """Stack (member, (A (r, d_in), B (d_out, r))) pairs. Adapters of zero norm are left out, for 1/0 would
-    poison the basis of everybody; None when nothing is left. So are those whose B A cancels to less than the
-    rounding of float32 factors, for then nothing of M is left in them."""
+    poison the basis of everybody; None when nothing is left."""
     rows_A, rows_B, ranks, norms, members = [], [], [], [], []
     for member, (A, B) in factors:
-        energy = factored_energy(A, B)
-        # The bound on ||M|| without cancellation. Where all cancels, the computed energy may even be negative.
-        largest = float((A.double().norm(dim=1) * B.double().norm(dim=0)).sum())
-        if energy <= (_EPSILON * largest) ** 2:
+        norm = factored_energy(A, B) ** 0.5
+        if norm == 0:
             continue
-        norm = energy**0.5
         # Balanced factors of norm 1: the product of raw factors could leave float32.
         scale_A = float(A.double().norm())
         rows_A.append((A.double() / scale_A).float())

@@ -186,8 +186,9 @@ class S3Store(Store):
             return ConfigError(f"{where}: not a request that S3 allows; check bucket and key")
         if type(error) is boto.HTTPClientError:
             # Something odd inside the client. Its text may hold headers, and with them a session token.
+            cause = getattr(error, "kwargs", {}).get("error")
             return StoreUnreachable(
-                f"{where}: the request could not be sent ({type(error.kwargs.get('error')).__name__}); "
+                f"{where}: the request could not be sent ({type(cause).__name__}); "
                 "look for line breaks in AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN"
             )
         if isinstance(error, ResponseParserError):
@@ -242,7 +243,8 @@ def _read_body(body: StreamingBody) -> bytes:
     """All of it. botocore retries requests, but not bodies that break while they are read."""
     with closing(body):
         try:
-            return body.read()
+            data: bytes = body.read()
+            return data
         except (boto.HTTPClientError, boto.IncompleteReadError, HTTPError) as error:
             raise _CutShort(f"the body was cut short ({error})") from error
 
