@@ -20,7 +20,8 @@ from cluster.errors import BundleError
 
 FORMAT = 1
 MODES = ("core", "truncated", "raw")
-METHODS = ("jd-full", "svd")
+METHODS = ("jd-full", "jd-diag", "svd")
+ISOLATIONS = ("tenant",)
 _SHA = re.compile(r"sha256:[0-9a-f]{64}")
 _BUNDLE_ID = re.compile(r"b-[0-9a-f]{16}")
 _JSON_TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "tuple[str, ...]": tuple}
@@ -38,7 +39,11 @@ class Base:
 
 @dataclass(frozen=True)
 class Method:
-    """All that decides the bytes of a bundle besides its inputs. ``dtype`` is a torch dtype's name."""
+    """All that decides the bytes of a bundle besides its inputs. ``dtype`` is a torch dtype's name.
+
+    ``auto`` names those of ``name``, ``clusters`` and ``rank`` that the job chose itself, for ``target_error``.
+    ``isolation`` is "tenant" where no cluster holds adapters of two tenants (the first of two id segments).
+    """
 
     name: str
     clusters: int
@@ -47,6 +52,9 @@ class Method:
     dtype: str
     gate: float
     raw: tuple[str, ...] = ()
+    auto: tuple[str, ...] = ()
+    target_error: float | None = None
+    isolation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Adapter:
 
     ``version`` is the hash of the source, ``served`` that of what is answered with.
     ``error`` = sum_m ||M - M^||^2 / sum_m ||M||^2 over the modules the adapter touches.
+    ``added`` is the revision that put it onto bases which had been fitted without it; None: it was fitted.
     """
 
     version: str
@@ -85,6 +94,7 @@ class Adapter:
     slot: int | None = None
     factors: str | None = None
     rank: int | None = None
+    added: int | None = None
 
 
 @dataclass(frozen=True)
@@ -112,10 +122,10 @@ class Manifest:
     def to_json(self) -> bytes:
         """Canonical bytes: sorted keys, absent optional fields left out."""
         document: dict[str, Any] = {"format": FORMAT, **asdict(self)}
-        document["adapters"] = {
-            adapter_id: {key: value for key, value in adapter.items() if value is not None}
-            for adapter_id, adapter in document["adapters"].items()
-        }
+        document["adapters"] = {adapter_id: _said(adapter) for adapter_id, adapter in document["adapters"].items()}
+        document["method"] = _said(document["method"])
+        if not self.method.auto:
+            del document["method"]["auto"]
         document["objects"] = {sha: {"size_bytes": size} for sha, size in self.objects.items()}
         return canonical_json(document, indent=1) + b"\n"
 
@@ -134,6 +144,15 @@ class Manifest:
     def resident_bytes(self) -> int:
         """Bytes that a device holding every cluster and every factors object needs for them."""
         return sum(self.objects.values())
+
+
+def tenant_of(adapter_id: str) -> str:
+    """The first segment of ``tenant/name``; "" for a plain ``name``."""
+    return adapter_id.rpartition("/")[0]
+
+
+def _said(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def canonical_json(document: Any, indent: int | None = None) -> bytes:
@@ -179,10 +198,12 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 
 def _parse_method(document: Any, where: str) -> Method:
     fields = _Fields(document, where)
-    raw = fields.take("raw", list)
-    if not all(isinstance(pattern, str) for pattern in raw):
-        raise BundleError(f"{where}: raw is {raw!r}, expected a list of strings")
-    fields.document["raw"] = tuple(raw)
+    fields.document.setdefault("auto", [])
+    for key in ("raw", "auto"):
+        names = fields.take(key, list)
+        if not all(isinstance(name, str) for name in names):
+            raise BundleError(f"{where}: {key} is {names!r}, expected a list of strings")
+        fields.document[key] = tuple(names)
     return fields.into(Method)
 
 
@@ -196,6 +217,8 @@ def _check_references(manifest: Manifest, where: str) -> None:
     )
     need(manifest.revision >= 0, f"revision is {manifest.revision}")
     need(manifest.method.name in METHODS, f"method {manifest.method.name!r}, expected one of {METHODS}")
+    isolation = manifest.method.isolation
+    need(isolation is None or isolation in ISOLATIONS, f"isolation {isolation!r}, expected one of {ISOLATIONS}")
     for name, shape in manifest.modules.items():
         need(shape.d_in > 0 and shape.d_out > 0, f"module {name} has shape {shape.d_out} x {shape.d_in}")
     for sha, size_bytes in manifest.objects.items():
@@ -205,6 +228,7 @@ def _check_references(manifest: Manifest, where: str) -> None:
         for sha in (cluster.basis, cluster.cores):
             need(sha in manifest.objects, f"cluster {name} names object {sha}, which is not listed")
     slots: set[tuple[str, int]] = set()
+    tenants: dict[str, str] = {}
     for adapter_id, adapter in manifest.adapters.items():
         need(adapter.mode in MODES, f"adapter {adapter_id} has mode {adapter.mode!r}, expected one of {MODES}")
         need(_SHA.fullmatch(adapter.served) is not None, f"adapter {adapter_id} has served revision {adapter.served!r}")
@@ -222,6 +246,12 @@ def _check_references(manifest: Manifest, where: str) -> None:
             need(0 <= home[1] < num_slots, f"adapter {adapter_id} has slot {home[1]} of {num_slots}")
             need(home not in slots, f"adapter {adapter_id} shares slot {home[1]} of cluster {home[0]} with another")
             slots.add(home)
+            tenant = tenants.setdefault(home[0], tenant_of(adapter_id))
+            need(
+                isolation is None or tenant == tenant_of(adapter_id),
+                f"cluster {home[0]} holds adapters of tenants {tenant!r} and {tenant_of(adapter_id)!r}, "
+                "which are to be kept apart",
+            )
         else:
             need(
                 adapter.factors in manifest.objects and adapter.cluster is None and adapter.slot is None,
