@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from cluster.manifest import served_revision
 from cluster.publish import StoredObject, put_object
 from cluster.svd import smallest_rank, spectra, truncate
 from compress_jobs.context import JobContext
+from compress_jobs.parts import once
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,22 @@ class StandaloneAdapter:
     squared_errors: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Changed:
+    """The adapter's file is no longer the one that was inspected."""
+
+    message: str
+
+
 def assemble_cluster(context: JobContext, cluster: int, num_layers: int, kept: Sequence[int]) -> AssembledCluster:
     """Join a cluster's parts into its two objects. ``kept`` are the positions, among the cluster's members, of
     the adapters that are served from it; they become slots 0, 1, ..."""
+    digest = hashlib.sha256(repr(list(kept)).encode()).hexdigest()[:16]
+    name = f"{context.fits}assembled/{cluster}-{digest}"
+    return once(context, name, AssembledCluster, lambda: _assemble_cluster(context, cluster, num_layers, kept))
+
+
+def _assemble_cluster(context: JobContext, cluster: int, num_layers: int, kept: Sequence[int]) -> AssembledCluster:
     store = context.out()
     basis: dict[str, torch.Tensor] = {}
     cores: dict[str, torch.Tensor] = {}
@@ -57,13 +72,18 @@ def assemble_cluster(context: JobContext, cluster: int, num_layers: int, kept: S
     return AssembledCluster(stored_basis, stored_cores, served)
 
 
-def write_standalone(context: JobContext, record: AdapterRecord) -> StandaloneAdapter | AdapterChanged:
+def write_standalone(context: JobContext, record: AdapterRecord) -> StandaloneAdapter | Changed:
     """Store an adapter's own factors: whole if it is opted out by ``--raw``, else cut by SVD to the smallest
     rank that meets the gate (with ``--method svd``: to the given rank, if that meets it)."""
+    name = f"alone/{context.options.method}-{context.options.rank}/{record.adapter_id}"
+    return once(context, name, StandaloneAdapter | Changed, lambda: _write_standalone(context, record))
+
+
+def _write_standalone(context: JobContext, record: AdapterRecord) -> StandaloneAdapter | Changed:
     try:
         factors = read_modules(context.adapters(), record, list(record.modules))
     except AdapterChanged as changed:
-        return changed
+        return Changed(changed.message)
     factors = {module: pair for module, pair in factors.items() if record.modules[module].energy > 0}
     largest = max(A.shape[0] for A, _ in factors.values())
     rank = largest if context.options.is_raw(record.adapter_id) else _rank_by_gate(context, factors)
@@ -94,7 +114,7 @@ def squared_difference(ours: Factors, theirs: Factors) -> float:
 def _rank_by_gate(context: JobContext, factors: dict[str, Factors]) -> int:
     stacks = [stack_factors([(0, pair)]) for pair in factors.values()]
     needed, _ = smallest_rank([spectra(stack)[0] for stack in stacks if stack is not None], context.options.gate)
-    return max(needed, context.options.rank) if context.options.method == "svd" else needed
+    return max(needed, int(context.options.rank)) if context.options.method == "svd" else needed
 
 
 def _rounded(pair: Factors, dtype: torch.dtype) -> Factors:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError
-from cluster.manifest import METHODS, Method
+from cluster.manifest import ISOLATIONS, METHODS, Method
 
 DTYPES = ("bfloat16", "float32")
+AUTO = "auto"
+"""For method, clusters and rank: chosen by the job, for the fewest bytes that meet ``target_error``."""
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
@@ -31,16 +33,30 @@ class RunOptions:
         "", "base model's folder: s3://bucket/prefix or a path (config and headers are read)", metavar="URI"
     )
     out: str = _option("", "where the bundle is published: s3://bucket/prefix or a path", metavar="URI")
-    clusters: int = _option(1, "number of clusters (the paper: 25 for 1000 adapters, 1 up to about 100)", metavar="K")
-    rank: int = _option(16, "rank of each cluster's basis, or of each adapter with --method svd", metavar="R")
+    clusters: int | str = _option(
+        1, "number of clusters, or auto (the paper: 25 for 1000 adapters, 1 up to about 100)", metavar="K"
+    )
+    rank: int | str = _option(
+        16, "rank of each cluster's basis, or of each adapter with --method svd, or auto", metavar="R"
+    )
     method: str = _option(
-        "jd-full", "jd-full: adapters share bases; svd: each is truncated on its own", choices=METHODS
+        "jd-full",
+        "jd-full: adapters share bases, a matrix each; jd-diag: the same with a diagonal each; "
+        "svd: each is truncated on its own; auto: whichever takes the fewest bytes",
+        choices=(*METHODS, AUTO),
+    )
+    target_error: float = _option(
+        0.0, "with auto: largest mean squared relative error; the fewest bytes that meet it win", metavar="E"
     )
     gate: float = _option(
         0.6,
         "largest squared relative error an adapter is served with on a basis; beyond it is truncated less",
         metavar="E",
     )
+    isolate: str = _option(
+        "", "tenant: no cluster holds adapters of two tenants (of ids tenant/name)", choices=ISOLATIONS
+    )
+    without: tuple[str, ...] = _option((), "adapter left out as if it were not there (repeatable)", metavar="ID")
     raw: tuple[str, ...] = _option(
         (), "adapters served whole, uncompressed: an id or a pattern with * (repeatable)", metavar="PATTERN"
     )
@@ -56,31 +72,55 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name in ("adapters", "base", "out"):
             _need(getattr(self, name) != "", name, "is missing", f"give --{name} or put it into the --config file")
-        _need(self.clusters >= 1, "clusters", f"is {self.clusters}", "expected 1 or more")
-        _need(self.rank >= 1, "rank", f"is {self.rank}", "expected 1 or more")
-        _need(self.method in METHODS, "method", f"is {self.method!r}", f"expected one of {', '.join(METHODS)}")
+        for name in ("clusters", "rank"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and value >= 1
+            _need(whole or value == AUTO, name, f"is {value!r}", "expected 1 or more, or auto")
+        methods = (*METHODS, AUTO)
+        _need(self.method in methods, "method", f"is {self.method!r}", f"expected one of {', '.join(methods)}")
+        if self.auto:
+            seen = f"is {self.target_error or 'missing'}"
+            _need(
+                0 < self.target_error < 1, "target-error", seen, f"between 0 and 1 for {' and '.join(self.auto)} auto"
+            )
+        else:
+            _need(not self.target_error, "target-error", "is given", "it is for --method, --clusters or --rank auto")
+        isolations = ("", *ISOLATIONS)
+        _need(self.isolate in isolations, "isolate", f"is {self.isolate!r}", f"expected {' or '.join(ISOLATIONS)}")
         _need(self.dtype in DTYPES, "dtype", f"is {self.dtype!r}", f"expected one of {', '.join(DTYPES)}")
         _need(0 < self.gate <= 1, "gate", f"is {self.gate}", "expected a squared relative error above 0, at most 1")
         _need(0 <= self.seed < 2**31, "seed", f"is {self.seed}", "expected 0 to 2147483647")
         _need(self.num_cpus >= 0, "num-cpus", f"is {self.num_cpus}", "expected 0 or more")
         _need(self.in_flight >= 0, "in-flight", f"is {self.in_flight}", "expected 0 or more")
 
-    def recorded_method(self) -> Method:
-        """The part of the options that decides the bundle's bytes, as the manifest records it."""
+    @property
+    def auto(self) -> tuple[str, ...]:
+        """Which of method, clusters and rank the job is to choose."""
+        return tuple(name for name in ("clusters", "method", "rank") if getattr(self, name) == AUTO)
+
+    def with_choice(self, method: str, clusters: int, rank: int) -> RunOptions:
+        """Nothing left to choose. (``target_error`` goes with it; ``recorded_method`` is asked of the original.)"""
+        return dataclasses.replace(self, method=method, clusters=max(clusters, 1), rank=rank, target_error=0.0)
+
+    def recorded_method(self, method: str, clusters: int, rank: int) -> Method:
+        """What decides the bundle's bytes, as the manifest records it, with what was chosen."""
         return Method(
-            name=self.method,
-            clusters=self.clusters if self.method == "jd-full" else 0,
-            rank=self.rank,
+            name=method,
+            clusters=0 if method == "svd" else clusters,
+            rank=rank,
             seed=self.seed,
             dtype=self.dtype,
             gate=self.gate,
             raw=tuple(sorted(set(self.raw))),
+            auto=self.auto,
+            target_error=self.target_error or None,
+            isolation=self.isolate or None,
         )
 
     @property
     def needs_sample(self) -> bool:
-        """Whether there is anything to cluster by."""
-        return self.method == "jd-full" and self.clusters > 1
+        """Whether there is anything to cluster or to choose by."""
+        return self.method != "svd" and (self.clusters != 1 or bool(self.auto))
 
     def is_raw(self, adapter_id: str) -> bool:
         return any(fnmatch.fnmatchcase(adapter_id, pattern) for pattern in self.raw)
@@ -94,14 +134,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for spec in dataclasses.fields(RunOptions):
         is_list = isinstance(spec.default, tuple)
         help_text = spec.metadata["help"]
-        if not is_list and spec.default not in ("", 0):
+        if not is_list and spec.default not in ("", 0, 0.0):
             help_text += f" (default: {spec.default})"
         more: dict[str, Any] = {key: value for key, value in spec.metadata.items() if key != "help"}
         if is_list:
             more["action"] = "append"
         else:
-            more["type"] = type(spec.default)
+            more["type"] = _whole_or_auto if "int | str" in str(spec.type) else type(spec.default)
         parser.add_argument("--" + spec.name.replace("_", "-"), default=None, help=help_text, **more)
+
+
+def _whole_or_auto(text: str) -> int | str:
+    return text if text == AUTO else int(text)
+
+
+_whole_or_auto.__name__ = "whole number or auto"  # argparse says this where it is not
 
 
 def from_arguments(arguments: argparse.Namespace) -> RunOptions:
@@ -128,7 +175,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         if spec is None:
             known = ", ".join(sorted(name.replace("_", "-") for name in specs))
             raise ConfigError(f"--config {path}: unknown key {key!r}; known keys are {known}")
-        values[spec.name] = _typed(spec.default, value, f"--config {path}: {key}")
+        allows_auto = "int | str" in str(spec.type)
+        where = f"--config {path}: {key}"
+        values[spec.name] = value if allows_auto and value == AUTO else _typed(spec.default, value, where)
     return values
 
 

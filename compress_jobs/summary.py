@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from cluster.manifest import Manifest
 
@@ -28,8 +29,11 @@ class ErrorFigure:
 @dataclass(frozen=True)
 class Summary:
     """Figures of one run. Errors: ``served`` as published, over the adapters that were fitted; ``on_basis`` the
-    same before the gate; ``random_split`` the same for a random balanced split of the same size;
-    ``svd_equal_bytes`` for plain truncation with the bytes that those adapters take in the bundle."""
+    same before the gate; ``clustering`` and ``random_split`` estimates on the sampled modules, for this clustering and
+    for a random balanced split of the same size; ``svd_equal_bytes`` for plain truncation with the bytes that those
+    adapters take in the bundle. ``module_errors``: module -> mean relative error on the bases. ``similarity``: mean
+    cosine within and across clusters. ``choices``: what the automatic choice weighed. ``tradeoff``: bytes of
+    resident tensors against mean error."""
 
     bundle: str
     num_adapters: int
@@ -43,9 +47,15 @@ class Summary:
     bytes_after: int
     served: ErrorFigure | None
     on_basis: ErrorFigure | None
+    clustering: ErrorFigure | None
     random_split: ErrorFigure | None
     svd_equal_bytes: ErrorFigure | None
     clustering_start: str
+    similarity: list[list[float]] | None
+    module_errors: dict[str, float]
+    target_error: float | None
+    choices: list[dict[str, Any]]
+    tradeoff: list[dict[str, Any]]
     seconds: dict[str, float]
     bytes_read: int
     peak_task_memory_bytes: int
@@ -59,7 +69,7 @@ class Summary:
             f"adapters   {self.num_adapters} served: {self.num_on_basis} on a basis, {self.num_truncated} truncated, "
             f"{self.num_raw} raw; {self.num_refused} refused",
             f"clusters   {len(self.cluster_sizes)} of rank {manifest.method.rank}, "
-            f"sizes {' '.join(map(str, self.cluster_sizes.values())) or '-'}",
+            f"sizes {' '.join(map(str, self.cluster_sizes.values())) or '-'} ({manifest.method.name})",
             f"modules    {self.num_modules}",
             f"bytes      {self.bytes_before:,} before, {self.bytes_after:,} after ({ratio:.2f} times fewer)",
             "error      squared, energy-weighted             mean    worst",
@@ -67,12 +77,16 @@ class Summary:
         rows = [("as served", self.served)]
         if self.on_basis != self.served:
             rows.append(("all on their basis (no gate)", self.on_basis))
-        rows += [("random balanced split", self.random_split), ("SVD at equal bytes", self.svd_equal_bytes)]
+        rows += [
+            ("SVD at equal bytes", self.svd_equal_bytes),
+            ("on the sampled modules", self.clustering),
+            ("random balanced split, sampled", self.random_split),
+        ]
         for name, figure in rows:
             if figure is not None:
                 out.append(f"           {name:<34} {figure.mean:6.4f}   {figure.worst:6.4f}  {figure.worst_adapter}")
-        if self.random_split is not None and self.on_basis is not None and len(self.cluster_sizes) > 1:
-            out.append(f"           {_verdict(self.on_basis.mean, self.random_split.mean)}")
+        if self.random_split is not None and self.clustering is not None:
+            out.append(f"           {_verdict(self.clustering.mean, self.random_split.mean)}")
         for mode in ("truncated", "raw"):
             for adapter_id, adapter in sorted(manifest.adapters.items()):
                 if adapter.mode == mode:

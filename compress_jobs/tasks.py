@@ -9,8 +9,8 @@ from typing import Any
 import ray
 import torch
 
-from cluster.errors import CtsError, StoreUnreachable
-from compress_jobs import assemble, fit_layer, inspect_adapter
+from cluster.errors import ConfigError, CtsError, StoreUnreachable
+from compress_jobs import assemble, cluster_adapters, fit_layer, inspect_adapter
 from compress_jobs.options import RunOptions
 
 # A lost worker is tried again, and so is a store that stayed away; wrong input never is.
@@ -30,10 +30,28 @@ def _remote(step: Any) -> Any:
 
 
 inspect_task = _remote(inspect_adapter.inspect_adapter)
-cluster_task = _remote(inspect_adapter.cluster_adapters)
-fit_layer_task = _remote(fit_layer.fit_layer)
+weigh_task = _remote(cluster_adapters.weigh)
+cluster_task = _remote(cluster_adapters.cluster_adapters)
 assemble_task = _remote(assemble.assemble_cluster)
 standalone_task = _remote(assemble.write_standalone)
+
+
+def fit_task(memory_bytes: int) -> Any:
+    """The fit of some layers, asking Ray for the memory it may take, and for a GPU where there is one.
+
+    Raises ConfigError when no node has that much: Ray would wait for one for ever.
+    """
+    largest = max((int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]), default=0)
+    if memory_bytes > largest:
+        raise ConfigError(
+            f"a fit task may take {memory_bytes >> 20} MiB, for it holds two layers of all adapters; the largest node "
+            f"of this Ray cluster offers {largest >> 20} MiB: add a larger node, or split the collection"
+        )
+    num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    return _fit_layers.options(memory=memory_bytes, num_gpus=num_gpus)
+
+
+_fit_layers = _remote(fit_layer.fit_layers)
 
 
 def connect(options: RunOptions) -> None:

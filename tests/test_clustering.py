@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from cluster.clustering import (
     Sample,
     _held_out_gains,
+    adapter_errors,
     assign,
     balanced_assignment,
     kind_of,
-    mean_error,
     random_balanced,
     sample_modules,
 )
@@ -203,14 +203,14 @@ def test_mean_error_weighs_modules_by_each_adapters_own_energy() -> None:
     assert sample.weights[3].tolist() == [1, 0]
     assert sample.weights[4].tolist() == [0, 1]
     labels = random_balanced(10, 3, np.random.default_rng(2))
-    assert mean_error(sample, labels, 3, seed=7) == pytest.approx(
+    assert adapter_errors(sample, labels, 3, seed=7).mean() == pytest.approx(
         dense_mean_error(collection, labels.tolist(), 3, seed=7), abs=1e-6
     )
 
 
 def test_mean_error_is_not_below_zero_where_nothing_is_lost() -> None:
     for seed in range(8):
-        error = mean_error(sample_of(unstructured(6, seed), 6), np.zeros(6, dtype=np.int64), rank=12, seed=seed)
+        error = adapter_errors(sample_of(unstructured(6, seed), 6), np.zeros(6, dtype=np.int64), 12, seed).mean()
         assert 0 <= error < 1e-6
 
 
@@ -231,7 +231,7 @@ def test_an_unstructured_collection_stays_spread_and_never_ends_worse_than_rando
     assert (found.start == "random, unimproved") == (found.error == found.random_error)
     random_sizes = np.bincount(found.random_labels, minlength=4)
     assert random_sizes.max() - random_sizes.min() <= 1
-    assert found.random_error == mean_error(sample, found.random_labels, 4, seed)
+    assert found.random_error == adapter_errors(sample, found.random_labels, 4, seed).mean()
 
 
 def test_identical_adapters_stay_balanced() -> None:

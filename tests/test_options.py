@@ -65,7 +65,12 @@ def test_a_wrong_option_is_named_with_exit_status_2(
         ("rank = true", "expected int"),
         ("raw = [1]", "expected strings"),
         ("rank = ", "not TOML"),
-        ('method = "jd-diag"', "jd-full, svd"),
+        ('method = "jd-dia"', "jd-full, jd-diag, svd, auto"),
+        ('clusters = "many"', "expected int"),
+        ('seed = "auto"', "expected int"),
+        ('rank = "auto"', "target-error is missing"),
+        ("target_error = 0.1", "it is for"),
+        ('isolate = "team"', "expected tenant"),
     ],
 )
 def test_a_wrong_config_file_is_refused_by_key(tmp_path: Path, text: str, named: str) -> None:
