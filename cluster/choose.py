@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 
 from cluster.clustering import Labels, Sample, adapter_errors, balanced_kmeans, joint_features, random_balanced
 
-# Below the target, for the sample's error is an estimate; what it lets through is confirmed on all modules.
-MARGIN = 0.98
 _FEATURE_RANK = 16
 
 
@@ -75,7 +73,7 @@ def choose_svd(shape: CollectionShape, spectra: Sequence[Sequence[Sequence[float
     for rank in range(1, len(tails[0])):
         error = float(np.mean([tail[rank] for tail in tails]))
         weighed.append(Choice("svd", 0, rank, shape.svd_bytes(rank), error))
-        if error <= target * MARGIN:
+        if error <= target:
             break
     return weighed
 
@@ -122,7 +120,7 @@ def choose_rank(
     def meets(rank: int) -> bool:
         if rank not in errors:
             errors[rank] = error(labels, rank)
-        return errors[rank] <= target * MARGIN
+        return errors[rank] <= target
 
     # First at the largest rank: where that misses the target, no more of this number of clusters need be tried.
     at_most = [error(labels, affordable[-1]) for labels in candidates]
@@ -136,7 +134,7 @@ def choose_rank(
 
 def best_choice(weighed: Sequence[Choice], target: float) -> Choice | None:
     """The fewest bytes that meet the target; of equal bytes the least error."""
-    meeting = [choice for choice in weighed if choice.error <= target * MARGIN]
+    meeting = [choice for choice in weighed if choice.error <= target]
     return min(meeting, key=lambda choice: (choice.size_bytes, choice.error), default=None)
 
 

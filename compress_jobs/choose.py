@@ -49,10 +49,10 @@ def choose(job: Job) -> None:
 
 
 def confirm(job: Job) -> bool:
-    """Whether the fit of all modules meets the target; where not, the next larger choice is taken instead."""
+    """Whether the fit of all modules meets the target; where it does not, the next best choice is taken instead."""
     if not job.asked.auto or not job.fits:
         return True
-    options, target = job.context.options, job.asked.target_error
+    target = job.asked.target_error
     error = float(np.mean([found.error for found in job.basis_errors().values()]))
     now = next(choice for choice in job.weighed if is_chosen(choice, job))
     job.confirmed[now] = error
@@ -60,25 +60,25 @@ def confirm(job: Job) -> bool:
         say(f"confirmed on all modules: {_name(now)} has a mean error of {error:.4f}, target {target}")
         return True
     say(f"not confirmed: {_name(now)} has a mean error of {error:.4f} on all modules, target {target}")
-    svd = best_choice([choice for choice in job.weighed if choice.method == "svd"], target)
-    if job.asked.rank != AUTO:
-        larger = None
-    else:
-        # The error falls about as fast as the rank grows.
-        rank = now.rank + max(1, int(now.rank * (error / target - 1)))
-        labels = job.labels
-        size = collection_shape(job, job.fitted).joint_bytes(labels, rank, options.method == "jd-diag")
-        larger = Choice(now.method, now.clusters, rank, size, target)
-    if larger is None or (svd is not None and svd.size_bytes <= larger.size_bytes):
-        if svd is None:
-            raise ConfigError(
-                f"--target-error {target}: {_name(now)} met it on the sample but has {error:.4f} on all modules; "
-                "raise the target, or let the rank be chosen (--rank auto)"
-            )
-        larger = svd
-    if larger not in job.weighed:
-        job.weighed.append(larger)
-    take(job, larger)
+    if job.asked.rank == AUTO:
+        # Where the sample was too hopeful, the smallest step up is surely worth weighing.
+        size = collection_shape(job, job.fitted).joint_bytes(job.labels, now.rank + 1, now.method == "jd-diag")
+        step_up = Choice(now.method, now.clusters, now.rank + 1, size, 0.999 * now.error * target / error)
+        if not any((c.method, c.clusters, c.rank) == (now.method, now.clusters, now.rank + 1) for c in job.weighed):
+            job.weighed.append(step_up)
+    hope = error / now.error  # how far the sample's errors fall short; SVD's are exact
+    left = [
+        choice if choice.method == "svd" else replace(choice, error=choice.error * hope)
+        for choice in job.weighed
+        if choice not in job.confirmed
+    ]
+    best = best_choice(left, target)
+    if best is None:
+        raise ConfigError(
+            f"--target-error {target}: {_name(now)} met it on the sample but has {error:.4f} on all modules, and "
+            "nothing else that was weighed meets it; raise the target, or let more be chosen (--rank auto)"
+        )
+    take(job, next(c for c in job.weighed if (c.method, c.clusters, c.rank) == (best.method, best.clusters, best.rank)))
     return False
 
 
