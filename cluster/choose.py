@@ -9,13 +9,15 @@ Legend: N adapters, M modules, k clusters, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.adapter import AdapterRecord
 from cluster.clustering import Labels, Sample, adapter_errors, balanced_kmeans, joint_features, random_balanced
+from cluster.manifest import ModuleShape
 
 _FEATURE_RANK = 16
 
@@ -40,6 +42,23 @@ class CollectionShape:
     ranks: NDArray[np.int64]
     sides: NDArray[np.int64]
     itemsize: int
+
+    @staticmethod
+    def of(records: Sequence[AdapterRecord], modules: Mapping[str, ModuleShape], itemsize: int) -> CollectionShape:
+        """``modules`` are the base's; those that no adapter touches are left out."""
+        touched = {module for record in records for module in record.modules}
+        used = [module for module in modules if module in touched]
+        ranks = np.zeros((len(records), len(used)), dtype=np.int64)
+        for i, record in enumerate(records):
+            for m, module in enumerate(used):
+                places = record.modules.get(module)
+                ranks[i, m] = places.rank if places is not None and places.energy > 0 else 0
+        sides = np.array([(modules[module].d_out, modules[module].d_in) for module in used], dtype=np.int64)
+        return CollectionShape(ranks, sides, itemsize)
+
+    def repeated(self, num_adapters: int) -> CollectionShape:
+        """Of ``num_adapters`` adapters like these, over and over."""
+        return replace(self, ranks=np.resize(self.ranks, (num_adapters, self.ranks.shape[1])))
 
     def joint_bytes(self, labels: Labels, rank: int, diagonal: bool) -> int:
         """Of all bases and cores, with each side's rank bounded as ``jd_full`` and ``jd_diag`` bound it."""

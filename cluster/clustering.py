@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.adapter import AdapterRecord
 from cluster.factors import FactorStack
 from cluster.jd import Basis, captured_energy, jd_full, relative_errors, unit_cores
 from cluster.methods import METHODS
@@ -311,6 +312,15 @@ def sample_modules(modules: list[str], per_kind: int = 3) -> list[str]:
         count = min(per_kind, len(of_kind))
         chosen += [of_kind[(2 * i + 1) * len(of_kind) // (2 * count)] for i in range(count)]
     return chosen
+
+
+def kind_energies(records: Sequence[AdapterRecord]) -> dict[str, NDArray[np.float64]]:
+    """Kind of module -> the adapters' energies in all modules of that kind (N,)."""
+    energies: dict[str, NDArray[np.float64]] = {}
+    for i, record in enumerate(records):
+        for module, places in record.modules.items():
+            energies.setdefault(kind_of(module), np.zeros(len(records)))[i] += places.energy
+    return energies
 
 
 def kind_of(module: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from cluster.choose import Choice, CollectionShape, best_choice, choose_svd, cluster_counts
+from cluster.clustering import kind_energies
 from cluster.errors import ConfigError
 from compress_jobs import tasks
 from compress_jobs.options import AUTO
@@ -27,12 +28,13 @@ def choose(job: Job) -> None:
     counts = cluster_counts(len(job.fitted)) if asked.clusters == AUTO else [min(int(asked.clusters), len(job.fitted))]
     largest = int(shape.ranks.sum(0).max())
     ranks_tried = range(1, largest + 1) if asked.rank == AUTO else range(int(asked.rank), int(asked.rank) + 1)
+    energies = kind_energies([job.records_read[adapter_id] for adapter_id in job.fitted])
     for method in ("jd-full", "jd-diag") if asked.method == AUTO else (asked.method,):
         if method == "svd":
             continue
         best = best_choice(job.weighed, target)
         limit = best.size_bytes if best else best_bytes
-        calls = [(job.context, job.fitted, job.kind_energies(), shape, method, k, ranks_tried, limit) for k in counts]
+        calls = [(job.context, job.fitted, energies, shape, method, k, ranks_tried, limit) for k in counts]
         for _, choices in tasks.run_bounded(tasks.weigh_task, calls, job.in_flight):
             job.weighed += choices
     job.weighed.sort(key=lambda choice: (choice.method, choice.clusters, choice.rank))
@@ -91,16 +93,8 @@ def take(job: Job, choice: Choice) -> None:
 
 
 def collection_shape(job: Job, adapter_ids: list[str]) -> CollectionShape:
-    base = job.context.base.modules
-    touched = {module for adapter_id in adapter_ids for module in job.records_read[adapter_id].modules}
-    modules = [module for module in base if module in touched]
-    ranks = np.zeros((len(adapter_ids), len(modules)), dtype=np.int64)
-    for i, adapter_id in enumerate(adapter_ids):
-        for m, module in enumerate(modules):
-            places = job.records_read[adapter_id].modules.get(module)
-            ranks[i, m] = places.rank if places is not None and places.energy > 0 else 0
-    sides = np.array([(base[module].d_out, base[module].d_in) for module in modules], dtype=np.int64)
-    return CollectionShape(ranks, sides, job.context.dtype.itemsize)
+    records = [job.records_read[adapter_id] for adapter_id in adapter_ids]
+    return CollectionShape.of(records, job.context.base.modules, job.context.dtype.itemsize)
 
 
 def say_weighed(job: Job) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from cluster.adapter import AdapterRecord, list_adapters
 from cluster.base import read_base
 from cluster.bundle import read_current, read_manifest
-from cluster.clustering import sample_modules
+from cluster.clustering import kind_energies, sample_modules
 from cluster.errors import BundleError, ConfigError, CtsError, InputError, PublishConflict, StoreMissing
 from cluster.manifest import Base, Manifest, Method, Refused
 from cluster.publish import missing_objects, publish
@@ -187,7 +187,13 @@ def _cluster(job: Job) -> None:
     if num_clusters == 1:
         job.clustered = without_choice(job.context, job.fitted)
     else:
-        job.clustered = tasks.run_one(tasks.cluster_task, job.context, job.fitted, num_clusters, job.kind_energies())
+        job.clustered = tasks.run_one(
+            tasks.cluster_task,
+            job.context,
+            job.fitted,
+            num_clusters,
+            kind_energies([job.records_read[adapter_id] for adapter_id in job.fitted]),
+        )
 
 
 def _fit(job: Job) -> None:

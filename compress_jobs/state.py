@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from cluster.adapter import AdapterFiles, AdapterRecord
 from cluster.choose import Choice
-from cluster.clustering import kind_of
 from cluster.manifest import Refused
 from cluster.store import Store
 from compress_jobs.assemble import AssembledCluster, StandaloneAdapter
@@ -77,14 +76,6 @@ class Job:
             adapter_id: AdapterError.of(self.records_read[adapter_id], {m: errors[i] for m, errors in modules.items()})
             for i, adapter_id in enumerate(self.fitted)
         }
-
-    def kind_energies(self) -> dict[str, NDArray[np.float64]]:
-        """Kind of module -> energies of the fitted adapters in all modules of that kind (N,)."""
-        energies: dict[str, NDArray[np.float64]] = {}
-        for i, adapter_id in enumerate(self.fitted):
-            for module, places in self.records_read[adapter_id].modules.items():
-                energies.setdefault(kind_of(module), np.zeros(len(self.fitted)))[i] += places.energy
-        return energies
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from cluster.errors import ConfigError
+from cluster.units import parse_size
 
 ENGINES = ("auto", "transformers")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_BYTE_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6}
-_BYTE_UNITS |= {"GB": 10**9, "TB": 10**12}
 
 Auto = Literal["auto"]
 Parser = Callable[[Any], Any]
@@ -63,10 +62,9 @@ def _positive(value: Any) -> float:
 
 
 def _size(value: Any) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
-    if isinstance(value, bool) or not match or match[2] not in _BYTE_UNITS or float(match[1]) == 0:
+    if isinstance(value, bool):
         raise ValueError("a size such as 80GiB, or a number of bytes")
-    return int(float(match[1]) * _BYTE_UNITS[match[2]])
+    return parse_size(str(value))
 
 
 def _auto_or(parse: Parser) -> Parser:

@@ -13,6 +13,7 @@ from typing import Any
 from cluster.errors import BaseModelError, PlacementError
 from cluster.manifest import Manifest
 from cluster.serving_map import cluster_home, factors_home
+from cluster.units import gib
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What activations, the allocator's slack and the library itself need is not counted one by one.
@@ -118,14 +119,10 @@ def check_fit(groups: Sequence[Group], needs: Needs, device_memory: int, replica
         total = needs.base_bytes + group.resident_bytes + needs.kv_bytes
         if total > USABLE_SHARE * share:
             raise PlacementError(
-                f"{group.name} with {len(group.homes)} homes needs {_gib(total)} on its device: base "
-                f"{_gib(needs.base_bytes)}, adapters {_gib(group.resident_bytes)}, keys and values of "
-                f"max_batch x max_model_len tokens {_gib(needs.kv_bytes)}; {USABLE_SHARE:.0%} of its "
-                f"{_gib(share)} can be used"
-                + (f" ({replicas_per_device} replicas share {_gib(device_memory)})" if replicas_per_device > 1 else "")
+                f"{group.name} with {len(group.homes)} homes needs {gib(total)} on its device: base "
+                f"{gib(needs.base_bytes)}, adapters {gib(group.resident_bytes)}, keys and values of "
+                f"max_batch x max_model_len tokens {gib(needs.kv_bytes)}; {USABLE_SHARE:.0%} of its "
+                f"{gib(share)} can be used"
+                + (f" ({replicas_per_device} replicas share {gib(device_memory)})" if replicas_per_device > 1 else "")
                 + ": lower limits.max_batch or limits.max_model_len, or placement.clusters_per_group with more devices"
             )
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"
