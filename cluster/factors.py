@@ -6,7 +6,7 @@ Legend: n adapters, T = sum of their ranks at this module, R = the largest of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ class FactorStack:
     @property
     def num_adapters(self) -> int:
         return len(self.ranks)
+
+    def to(self, device: torch.device | str) -> FactorStack:
+        """The same stack on ``device``; what is computed from it stays there."""
+        return replace(self, A=self.A.to(device), B=self.B.to(device), norms=self.norms.to(device))
 
     def padded(self, rows: Tensor) -> Tensor:
         """(T, r) -> (n, R, r), zeros below each adapter's own rows."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cluster.factors import FactorStack
 from cluster.jd import Basis, jd_full, unit_cores
+from cluster.jd_diag import diagonal_cores, jd_diag
 
 
 @dataclass(frozen=True)
@@ -25,4 +26,6 @@ class JointMethod:
     cores: Callable[[FactorStack, Basis], Tensor]
 
 
-METHODS: Mapping[str, JointMethod] = MappingProxyType({"jd-full": JointMethod(jd_full, unit_cores)})
+METHODS: Mapping[str, JointMethod] = MappingProxyType(
+    {"jd-full": JointMethod(jd_full, unit_cores), "jd-diag": JointMethod(jd_diag, diagonal_cores)}
+)

@@ -37,11 +37,11 @@ def spectra(stack: FactorStack) -> list[np.ndarray]:
 
     By eigenvalues of L^T (A A^T) L with B B^T = L L^T: R x R matrices only, batched.
     """
-    gram_A = _grams(stack, stack.A)
-    values, vectors = torch.linalg.eigh(_grams(stack, stack.B))
+    gram_A = grams(stack, stack.A)
+    values, vectors = torch.linalg.eigh(grams(stack, stack.B))
     L = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
     energies = torch.linalg.eigvalsh(L.mT @ gram_A @ L).clamp_min(0).flip(1) * stack.norms.square().unsqueeze(1)
-    return [energies[i, :rank].numpy() for i, rank in enumerate(stack.ranks)]
+    return [energies[i, :rank].cpu().numpy() for i, rank in enumerate(stack.ranks)]
 
 
 def smallest_rank(module_spectra: Sequence[np.ndarray], gate: float) -> tuple[int, float]:
@@ -97,13 +97,13 @@ def components_at_equal_bytes(
     return kept
 
 
-def _grams(stack: FactorStack, rows: Tensor) -> Tensor:
+def grams(stack: FactorStack, rows: Tensor) -> Tensor:
     """(n, R, R) float64 Gram matrices of each adapter's rows, zero beyond its rank."""
     R, n = max(stack.ranks), stack.num_adapters
-    grams = torch.zeros(n, R, R, dtype=torch.float64)
+    blocks = torch.zeros(n, R, R, dtype=torch.float64, device=rows.device)
     start = 0
     for i, rank in enumerate(stack.ranks):
         own = rows[start : start + rank].double()
-        grams[i, :rank, :rank] = own @ own.T
+        blocks[i, :rank, :rank] = own @ own.T
         start += rank
-    return grams
+    return blocks
