@@ -99,7 +99,8 @@ def read_sample(store: Store, folders: Sequence[AdapterFiles], base: BaseModel, 
 def estimate(
     sampled: Sampled, base: BaseModel, num_adapters: int, usable_bytes: int, num_cpus: int, seed: int
 ) -> list[Row]:
-    """SVD at several ranks, then JD-Full and JD-Diag in several sizes, for ``num_adapters`` like the sampled ones."""
+    """SVD at several ranks, then JD-Full in several sizes, for ``num_adapters`` like the sampled ones. (JD-Diag is left
+    to the job: it takes many times as long to fit, and its cores save little beside the bases.)"""
     of_sample = CollectionShape.of(sampled.records, base.modules, _ITEMSIZE)
     shape = of_sample.repeated(num_adapters)
     touched = float(np.mean([len(record.modules) for record in sampled.records]))
@@ -114,34 +115,30 @@ def estimate(
             rows.append(_row("svd", 0, choice.rank, size, own, lost, 0.0, num_adapters, usable_bytes, seconds=0.0))
     rng = np.random.default_rng(seed)
     counts = sorted({1, *(math.ceil(num_adapters / size) for size in CLUSTER_SIZES)})
-    for method in ("jd-full", "jd-diag"):
-        for k in counts:
-            for rank in RANKS:
-                labels = random_balanced(num_adapters, k, rng)
-                size = shape.joint_bytes(labels, rank, method == "jd-diag")
-                core = (rank if method == "jd-diag" else rank * rank) * _ITEMSIZE
-                own = int(core * touched)
-                began = time.monotonic()
-                lost, extrapolated = _predict(sampled.sample, num_adapters / k, rank, seed, method)
-                fitted = time.monotonic() - began
-                modules = sum(len(stack.members) for stack in sampled.sample.stacks)
-                seconds = fitted / modules * num_adapters * touched / num_cpus
-                rows.append(
-                    _row(method, k, rank, size, own, lost, doubt, num_adapters, usable_bytes, seconds, extrapolated)
-                )
+    for k in counts:
+        for rank in RANKS:
+            size = shape.joint_bytes(random_balanced(num_adapters, k, rng), rank, diagonal=False)
+            own = int(rank * rank * _ITEMSIZE * touched)
+            began = time.monotonic()
+            lost, extrapolated = _predict(sampled.sample, num_adapters / k, rank, seed)
+            measured = sum(len(stack.members) for stack in sampled.sample.stacks)
+            seconds = (time.monotonic() - began) / measured * num_adapters * touched / num_cpus
+            rows.append(
+                _row("jd-full", k, rank, size, own, lost, doubt, num_adapters, usable_bytes, seconds, extrapolated)
+            )
     return rows
 
 
-def _predict(sample: Sample, cluster_size: float, rank: int, seed: int, method: str) -> tuple[Errors, float]:
+def _predict(sample: Sample, cluster_size: float, rank: int, seed: int) -> tuple[Errors, float]:
     """Errors of the sampled adapters in clusters of about ``cluster_size``; and what of their mean is extrapolated,
     where the sample is smaller than one cluster: the error's growth from half the sample to all of it, carried on
     a doubling at a time."""
     n = sample.num_adapters
     labels = _labels(n, max(1, round(n / cluster_size)), seed)
-    errors = adapter_errors(sample, labels, rank, seed, method)
+    errors = adapter_errors(sample, labels, rank, seed)
     if n >= cluster_size or n < 4:
         return errors, 0.0
-    at_half = adapter_errors(sample, _labels(n, 2, seed), rank, seed, method).mean()
+    at_half = adapter_errors(sample, _labels(n, 2, seed), rank, seed).mean()
     step = (errors.mean() - at_half) * math.log2(cluster_size / n)
     return errors, float(np.clip(step, 0.0, 1.0 - errors.mean()))
 

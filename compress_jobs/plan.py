@@ -11,6 +11,8 @@ import os
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from cluster.adapter import list_adapters
 from cluster.base import read_base
 from cluster.errors import ConfigError
@@ -69,6 +71,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     folders = list_adapters(store)
     if not folders:
         raise ConfigError(f"--adapters {parsed.adapters}: no adapter there; expected folders with adapter_config.json")
+    torch.set_num_threads(1)  # as the job's tasks do, so that the seconds are a core's
     sampled = read_sample(store, folders, base, parsed.sample, parsed.seed)
     num_read = len(sampled.records) + len(sampled.refused)
     share = len(sampled.records) / num_read
