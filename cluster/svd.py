@@ -5,6 +5,7 @@ Legend as in factors.py; M = B A with A (R, d_in), B (d_out, R).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from cluster.adapter import Factors
 from cluster.factors import FactorStack
+
+# Of a unit-norm adapter's energy: what float32 products leave uncertain, and more.
+_NEGLIGIBLE = 1e-6
 
 
 def svd_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,11 +41,46 @@ def spectra(stack: FactorStack) -> list[np.ndarray]:
 
     By eigenvalues of L^T (A A^T) L with B B^T = L L^T: R x R matrices only, batched.
     """
-    gram_A = grams(stack, stack.A)
-    values, vectors = torch.linalg.eigh(grams(stack, stack.B))
+    gram_A = _grams(stack, stack.A)
+    values, vectors = torch.linalg.eigh(_grams(stack, stack.B))
     L = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
     energies = torch.linalg.eigvalsh(L.mT @ gram_A @ L).clamp_min(0).flip(1) * stack.norms.square().unsqueeze(1)
     return [energies[i, :rank].cpu().numpy() for i, rank in enumerate(stack.ranks)]
+
+
+def dominant_pairs(stack: FactorStack, rank: int) -> tuple[Tensor, Tensor]:
+    """Singular pairs of single adapters, as columns u of U (d_out, q) and v of V (d_in, q), q <= rank, float32: each
+    time the pair of which most is left once the pairs already taken are projected out, until nothing is left.
+
+    A pivoted Cholesky factorisation of the Gram matrix of all sigma u v^T, of which only the pivots' columns are
+    formed. u has norm 1, v its singular value. q < rank only where the q pairs hold the whole stack.
+    """
+    # M_i = B_i^T A_i. With B_i B_i^T = X D^2 X^T: M_i = (B_i^T X D^-1) (D X^T A_i), the first factor orthonormal, so
+    # D X^T A_i A_i^T X D = Y diag(sigma^2) Y^T gives u = B_i^T X D^-1 y and sigma v = A_i^T X D y.
+    squares, X = torch.linalg.eigh(_grams(stack, stack.B))
+    D = squares.clamp_min(0).sqrt().unsqueeze(1)
+    inverse = torch.where(D / D.amax(2, keepdim=True) > 1e-7, 1 / D, 0)
+    energies, Y = torch.linalg.eigh((X * D).mT @ _grams(stack, stack.A) @ (X * D))
+    mix_B, mix_A = ((X * inverse) @ Y).float(), ((X * D) @ Y).float()  # (n, R, R), a pair a column
+
+    left = energies.clamp_min(0).flatten()  # of each pair's energy, what the pairs taken do not hold
+    taken = left.new_zeros(len(left), rank)
+    starts = [0, *itertools.accumulate(stack.ranks)]
+    pairs = []
+    for k in range(rank):
+        pivot = int(left.argmax())
+        if float(left[pivot]) <= _NEGLIGIBLE:
+            break
+        i, j = divmod(pivot, X.shape[2])
+        own = slice(starts[i], starts[i + 1])
+        u = stack.B[own].T @ mix_B[i, : stack.ranks[i], j : j + 1]
+        v = stack.A[own].T @ mix_A[i, : stack.ranks[i], j : j + 1]
+        pairs.append((u, v))
+        inner = (mix_B.mT @ stack.padded(stack.B @ u)) * (mix_A.mT @ stack.padded(stack.A @ v))
+        taken[:, k] = (inner.double().flatten() - taken[:, :k] @ taken[pivot, :k]) / left[pivot].sqrt()
+        left = (left - taken[:, k].square()).clamp_min(0)
+        left[pivot] = 0
+    return torch.cat([u for u, _ in pairs], 1), torch.cat([v for _, v in pairs], 1)
 
 
 def smallest_rank(module_spectra: Sequence[np.ndarray], gate: float) -> tuple[int, float]:
@@ -97,7 +136,7 @@ def components_at_equal_bytes(
     return kept
 
 
-def grams(stack: FactorStack, rows: Tensor) -> Tensor:
+def _grams(stack: FactorStack, rows: Tensor) -> Tensor:
     """(n, R, R) float64 Gram matrices of each adapter's rows, zero beyond its rank."""
     R, n = max(stack.ranks), stack.num_adapters
     blocks = torch.zeros(n, R, R, dtype=torch.float64, device=rows.device)

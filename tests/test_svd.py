@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 from cluster.svd import (
     components_at_equal_bytes,
+    dominant_pairs,
     errors_at_equal_bytes,
     smallest_rank,
     spectra,
@@ -94,6 +95,25 @@ def test_spectra_of_real_adapters_are_dense_singular_values_squared() -> None:
     for spectrum, factors in zip(spectra(stack_of(adapters)), adapters, strict=True):
         expected = np.linalg.svd(dense(factors), compute_uv=False)[: len(spectrum)] ** 2
         np.testing.assert_allclose(spectrum, expected, atol=1e-6 * expected.sum())
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(20, 31), (4, 31)])
+def test_dominant_pairs_are_singular_pairs_taken_by_what_the_earlier_ones_leave(d_out: int, d_in: int) -> None:
+    adapters = random_adapters((5, 1, 8, 3), d_out, d_in, seed=7)
+    adapters += adapters[:1]  # a copy: its pairs are never taken again
+    U, V = dominant_pairs(stack_of(adapters), 9)
+    assert U.shape == (d_out, 9)
+    assert V.shape == (d_in, 9)
+    left = []
+    for M in map(dense, adapters):
+        u, s, vt = np.linalg.svd(M / np.linalg.norm(M), full_matrices=False)
+        left += [s[j] * np.outer(u[:, j], vt[j]).ravel() for j in range(len(s))]
+    residual = np.stack(left)
+    for u, v in zip(U.double().numpy().T, V.double().numpy().T, strict=True):
+        best = int((residual**2).sum(1).argmax())
+        np.testing.assert_allclose(np.outer(u, v).ravel(), left[best], atol=1e-5)
+        direction = residual[best] / np.linalg.norm(residual[best])
+        residual = residual - np.outer(residual @ direction, direction)
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.001, 0.03, 0.2, 0.5, 0.9, 1.0])
