@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cluster.bundle import Bundle
 from cluster.errors import ConfigError, CtsError
-from compress_jobs import options
+from compress_jobs import options, report
 
 _RUN = """\
 Compress a collection of PEFT LoRA adapters into clusters that share a basis, and publish the bundle.
@@ -65,8 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("--tasks", metavar="FILE", type=Path, required=True, help="JSON lines: name, question, test")
     evaluate.add_argument("--rows", metavar="N", type=int, default=32, help="held-out rows an adapter (default: 32)")
 
+    report.add_parser(commands)
+
     parsed = parser.parse_args(arguments)
     try:
+        if "execute" in parsed:
+            return int(parsed.execute(parsed))
         return {"run": _run, "show": _show, "export": _export, "evaluate": _evaluate}[parsed.command](parsed)
     except ConfigError as error:
         print(f"compress_jobs: {error}", file=sys.stderr)

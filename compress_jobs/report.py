@@ -1,0 +1,157 @@
+"""report.html: what a revision holds and what it lost, as one self-contained page.
+
+    python -m compress_jobs report s3://lora/bundle --to report.html
+
+Figures come from the manifest, and from report.json where it has them: revisions made by ``add`` and ``remove``, or by
+older builds, have less of it, and the page then has fewer sections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.bundle import Bundle, manifest_key
+from cluster.errors import BundleError, ConfigError, StoreMissing
+from cluster.manifest import Manifest
+from compress_jobs import report_sections as parts
+from compress_jobs.report_page import Section, cards, clean, count, error_text, page, paragraph, size_text, table
+
+SectionMaker = Callable[[Manifest, Mapping[str, Any]], Section | None]
+
+
+def add_parser(commands: Any) -> None:
+    """The ``report`` command, among argparse's subparsers."""
+    parser = commands.add_parser(
+        "report",
+        help="write report.html: errors, clusters, bytes and what was refused, with figures",
+        description="Write the report of a revision as one self-contained HTML file: no script, nothing from elsewhere.",
+    )
+    parser.add_argument("uri", help="the job's --out (its CURRENT revision), or <out>/bundles/<bundle_id>")
+    parser.add_argument("--to", metavar="FILE", type=Path, default=Path("report.html"), help="(default: report.html)")
+    parser.set_defaults(execute=_execute)
+
+
+def _execute(parsed: argparse.Namespace) -> int:
+    bundle = Bundle.open(parsed.uri)
+    document = render(bundle.manifest, read_notes(bundle))
+    try:
+        parsed.to.write_bytes(document.encode())
+    except OSError as error:
+        raise ConfigError(f"--to {parsed.to}: {error.strerror}; give a file that can be written") from None
+    print(f"wrote {parsed.to.resolve()}: bundle {bundle.manifest.bundle} revision {bundle.manifest.revision}")
+    return 0
+
+
+def read_notes(bundle: Bundle) -> dict[str, Any]:
+    """report.json beside the manifest, {} where there is none. Raises BundleError when it is not a JSON object."""
+    key = manifest_key(bundle.manifest.bundle, bundle.manifest.revision).replace("manifest.json", "report.json")
+    try:
+        notes = json.loads(bundle.store.read(key).data)
+    except StoreMissing:
+        return {}
+    except (ValueError, RecursionError) as error:
+        notes = str(error)
+    if not isinstance(notes, dict):
+        raise BundleError(
+            f"{bundle.store.uri}/{key} is not a JSON object; delete it to get the report that the manifest alone gives"
+        )
+    return notes
+
+
+def render(manifest: Manifest, report: Mapping[str, Any]) -> str:
+    """The page. The same content of ``manifest`` and ``report``, in whatever order of keys, gives the same text.
+
+    ``report`` is report.json, {} where there is none. A key that is missing or null leaves its section out; one of an
+    unexpected form is said on the page, for neither a run nor a reader should lose the rest by it. Raises nothing.
+    """
+    sections = [section for title, make in _SECTIONS if (section := _attempt(title, make, manifest, report))]
+    top = _attempt("overview", _overview, manifest, report) or _overview(manifest, {})
+    return page(
+        f"Compression report: {manifest.bundle} revision {manifest.revision}",
+        top.body,
+        sections,
+        "Made from the revision's manifest.json and report.json alone; the same files give the same page.",
+    )
+
+
+def _attempt(title: str, make: SectionMaker, manifest: Manifest, report: Mapping[str, Any]) -> Section | None:
+    try:
+        return make(manifest, report)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        seen = f"{type(error).__name__}: {error}"
+        body = paragraph(f"Left out: report.json does not have the form expected for this section ({seen}).", "note")
+        if make is not _overview:
+            return Section(title.lower().replace(" ", "-"), title, body)
+        plain = _overview(manifest, {})
+        return Section(plain.anchor, plain.title, plain.body + body)
+
+
+def _overview(manifest: Manifest, report: Mapping[str, Any]) -> Section:
+    method = manifest.method
+    modes = [adapter.mode for adapter in manifest.adapters.values()]
+    served, svd = parts.served_error(manifest, report), parts.error_figure(report, "svd_equal_bytes")
+    before, after = report.get("bytes_before"), manifest.resident_bytes()
+    values = [
+        (
+            "Adapters served",
+            f"{len(modes):,}",
+            f"{modes.count('core'):,} on a basis, {modes.count('truncated'):,} truncated, {modes.count('raw'):,} raw; "
+            f"{len(manifest.refused):,} refused",
+        ),
+        ("Bytes before → after", f"{size_text(before)} → {size_text(after)}", parts.ratio_text(before, after))
+        if before
+        else ("Bytes resident", size_text(after), f"{after:,} bytes"),
+    ]
+    if served:
+        values.append(
+            ("Error, mean", error_text(served.mean), f"worst {error_text(served.worst)}: {served.worst_adapter}")
+        )
+    if svd:
+        more = f"worst {error_text(svd.worst)}: {svd.worst_adapter}"
+        values.append(("Error of SVD at equal bytes, mean", error_text(svd.mean), more))
+    groups = f"{count(len(manifest.clusters), 'cluster')} of rank {method.rank}, " if manifest.clusters else ""
+    rows = [
+        ("Bundle", f"{manifest.bundle} revision {manifest.revision}"),
+        ("Parent", "–" if manifest.parent is None else f"revision {manifest.parent}"),
+        ("Base model", f"{manifest.base.name} ({manifest.base.fingerprint[:19]}…)"),
+        ("Method", f"{method.name}, rank {method.rank}" + (f", {method.clusters} clusters" if method.clusters else "")),
+        ("Chosen by the job", ", ".join(method.auto) or "nothing: all as given"),
+        ("Target error", "–" if method.target_error is None else f"{method.target_error:g}"),
+        ("Gate", f"{method.gate:g}"),
+        ("Raw by wish", ", ".join(method.raw) or "–"),
+        ("Tenants", "never share a cluster" if method.isolation == "tenant" else "may share clusters"),
+        ("Stored as", f"{method.dtype}, seed {method.seed}"),
+        ("Modules", f"{len(manifest.modules):,}"),
+    ]
+    verdict = parts.verdict_on_svd(served, svd)
+    body = (
+        "<h1>Compression report</h1>\n"
+        + paragraph(
+            f"{groups}{method.name}, for {manifest.base.name}. {manifest.bundle} revision {manifest.revision}.", "where"
+        )
+        + cards(values)
+        + (paragraph(verdict) if verdict else "")
+        + paragraph(
+            "Every error here is squared and weighted by energy: Σ‖M − M̂‖² / Σ‖M‖² over an adapter's modules, M the "
+            "adapter's change of a module and M̂ what is served instead. 0 is lossless, 1 is as if there were no adapter. "
+            "It is not a loss on a task: `evaluate` measures that."
+        )
+        + table("What this is", ("", ""), rows)
+    )
+    return Section("overview", "Overview", body)
+
+
+_SECTIONS: tuple[tuple[str, SectionMaker], ...] = (
+    ("Error by adapter", parts.adapters),
+    ("Error by layer and module kind", parts.modules),
+    ("Clusters", parts.clusters),
+    ("Trade-off", parts.trade_off),
+    ("Choices weighed", parts.choices),
+    ("Bytes", parts.sizes),
+    ("Truncated raw and refused", parts.grades),
+    ("Time", parts.seconds),
+)
