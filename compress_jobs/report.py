@@ -17,10 +17,10 @@ from typing import Any
 from cluster.bundle import Bundle, manifest_key
 from cluster.errors import BundleError, ConfigError, StoreMissing
 from cluster.manifest import Manifest
-from compress_jobs import report_sections as parts
-from compress_jobs.report_page import Section, cards, clean, count, error_text, page, paragraph, size_text, table
+from compress_jobs.report_facts import Notes, error_figure, ratio_text, served_error, verdict_on_svd
+from compress_jobs.report_page import Section, cards, count, error_text, page, paragraph, size_text, table
 
-SectionMaker = Callable[[Manifest, Mapping[str, Any]], Section | None]
+SectionMaker = Callable[[Manifest, Notes], Section | None]
 
 
 def add_parser(commands: Any) -> None:
@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
         help="write report.html: errors, clusters, bytes and what was refused, with figures",
-        description="Write the report of a revision as one self-contained HTML file: no script, nothing from elsewhere.",
+        description="Write a revision's report as one self-contained HTML file: no script, nothing from elsewhere.",
     )
     parser.add_argument("uri", help="the job's --out (its CURRENT revision), or <out>/bundles/<bundle_id>")
     parser.add_argument("--to", metavar="FILE", type=Path, default=Path("report.html"), help="(default: report.html)")
@@ -68,52 +68,88 @@ def render(manifest: Manifest, report: Mapping[str, Any]) -> str:
     ``report`` is report.json, {} where there is none. A key that is missing or null leaves its section out; one of an
     unexpected form is said on the page, for neither a run nor a reader should lose the rest by it. Raises nothing.
     """
-    sections = [section for title, make in _SECTIONS if (section := _attempt(title, make, manifest, report))]
-    top = _attempt("overview", _overview, manifest, report) or _overview(manifest, {})
+    # Here, for matplotlib is slow to import and --help should not be.
+    from compress_jobs import report_costs, report_errors
+
+    makers: tuple[tuple[str, SectionMaker], ...] = (
+        ("What this is", _identity),
+        ("Error by adapter", report_errors.adapters),
+        ("Error by layer and module kind", report_errors.modules),
+        ("Clusters", report_errors.clusters),
+        ("Trade-off", report_costs.trade_off),
+        ("Choices weighed", report_costs.choices),
+        ("Bytes", report_costs.sizes),
+        ("Grades", report_costs.grades),
+        ("Seconds", report_costs.seconds),
+    )
+    try:
+        top = _overview(manifest, report)
+    except _UNEXPECTED as error:
+        top = _overview(manifest, {}) + _left_out(error)
     return page(
         f"Compression report: {manifest.bundle} revision {manifest.revision}",
-        top.body,
-        sections,
+        top,
+        [section for title, make in makers if (section := _attempt(title, make, manifest, report))],
         "Made from the revision's manifest.json and report.json alone; the same files give the same page.",
     )
 
 
-def _attempt(title: str, make: SectionMaker, manifest: Manifest, report: Mapping[str, Any]) -> Section | None:
+_UNEXPECTED = (ValueError, TypeError, KeyError, AttributeError, IndexError)
+
+
+def _attempt(title: str, make: SectionMaker, manifest: Manifest, report: Notes) -> Section | None:
     try:
         return make(manifest, report)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        seen = f"{type(error).__name__}: {error}"
-        body = paragraph(f"Left out: report.json does not have the form expected for this section ({seen}).", "note")
-        if make is not _overview:
-            return Section(title.lower().replace(" ", "-"), title, body)
-        plain = _overview(manifest, {})
-        return Section(plain.anchor, plain.title, plain.body + body)
+    except _UNEXPECTED as error:
+        return Section(title.lower().replace(" ", "-"), title, _left_out(error))
 
 
-def _overview(manifest: Manifest, report: Mapping[str, Any]) -> Section:
+def _left_out(error: Exception) -> str:
+    seen = f"{type(error).__name__}: {error}"
+    return paragraph(f"Left out: report.json does not have the form expected here ({seen}).", "note")
+
+
+def _overview(manifest: Manifest, report: Notes) -> str:
     method = manifest.method
     modes = [adapter.mode for adapter in manifest.adapters.values()]
-    served, svd = parts.served_error(manifest, report), parts.error_figure(report, "svd_equal_bytes")
+    served, svd = served_error(manifest, report), error_figure(report, "svd_equal_bytes")
     before, after = report.get("bytes_before"), manifest.resident_bytes()
-    values = [
-        (
-            "Adapters served",
-            f"{len(modes):,}",
-            f"{modes.count('core'):,} on a basis, {modes.count('truncated'):,} truncated, {modes.count('raw'):,} raw; "
-            f"{len(manifest.refused):,} refused",
-        ),
-        ("Bytes before → after", f"{size_text(before)} → {size_text(after)}", parts.ratio_text(before, after))
-        if before
-        else ("Bytes resident", size_text(after), f"{after:,} bytes"),
-    ]
-    if served:
-        values.append(
-            ("Error, mean", error_text(served.mean), f"worst {error_text(served.worst)}: {served.worst_adapter}")
+    how = ", ".join(
+        f"{modes.count(mode):,} {name}"
+        for mode, name in (("core", "on a basis"), ("truncated", "truncated"), ("raw", "raw"))
+    )
+    values = [("Adapters served", f"{len(modes):,}", f"{how}; {len(manifest.refused):,} refused")]
+    if before:
+        values.append(("Bytes", ratio_text(before, after), f"{size_text(before)} before, {size_text(after)} after"))
+    else:
+        values.append(("Bytes resident", size_text(after), f"{after:,} bytes"))
+    for label, error in (("Mean error", served), ("Mean error, SVD at equal bytes", svd)):
+        if error:
+            values.append((label, error_text(error.mean), f"worst {error_text(error.worst)}: {error.worst_adapter}"))
+    groups = (
+        f"{count(len(manifest.clusters), 'cluster')} of rank {method.rank}"
+        if manifest.clusters
+        else f"rank {method.rank}"
+    )
+    verdict = verdict_on_svd(served, svd)
+    return (
+        "<h1>Compression report</h1>\n"
+        + paragraph(
+            f"{manifest.bundle}, revision {manifest.revision}: {method.name}, {groups}, for {manifest.base.name}",
+            "where",
         )
-    if svd:
-        more = f"worst {error_text(svd.worst)}: {svd.worst_adapter}"
-        values.append(("Error of SVD at equal bytes, mean", error_text(svd.mean), more))
-    groups = f"{count(len(manifest.clusters), 'cluster')} of rank {method.rank}, " if manifest.clusters else ""
+        + cards(values)
+        + (paragraph(verdict) if verdict else "")
+        + paragraph(
+            "Every error here is squared and weighted by energy: Σ‖M − M̂‖² / Σ‖M‖² over an adapter's modules, M being "
+            "the adapter's change of a module and M̂ what is served instead. 0 is lossless, 1 is as if there were no "
+            "adapter. It is not a loss on a task: compress_jobs evaluate measures that."
+        )
+    )
+
+
+def _identity(manifest: Manifest, report: Notes) -> Section:
+    method = manifest.method
     rows = [
         ("Bundle", f"{manifest.bundle} revision {manifest.revision}"),
         ("Parent", "–" if manifest.parent is None else f"revision {manifest.parent}"),
@@ -127,31 +163,4 @@ def _overview(manifest: Manifest, report: Mapping[str, Any]) -> Section:
         ("Stored as", f"{method.dtype}, seed {method.seed}"),
         ("Modules", f"{len(manifest.modules):,}"),
     ]
-    verdict = parts.verdict_on_svd(served, svd)
-    body = (
-        "<h1>Compression report</h1>\n"
-        + paragraph(
-            f"{groups}{method.name}, for {manifest.base.name}. {manifest.bundle} revision {manifest.revision}.", "where"
-        )
-        + cards(values)
-        + (paragraph(verdict) if verdict else "")
-        + paragraph(
-            "Every error here is squared and weighted by energy: Σ‖M − M̂‖² / Σ‖M‖² over an adapter's modules, M the "
-            "adapter's change of a module and M̂ what is served instead. 0 is lossless, 1 is as if there were no adapter. "
-            "It is not a loss on a task: `evaluate` measures that."
-        )
-        + table("What this is", ("", ""), rows)
-    )
-    return Section("overview", "Overview", body)
-
-
-_SECTIONS: tuple[tuple[str, SectionMaker], ...] = (
-    ("Error by adapter", parts.adapters),
-    ("Error by layer and module kind", parts.modules),
-    ("Clusters", parts.clusters),
-    ("Trade-off", parts.trade_off),
-    ("Choices weighed", parts.choices),
-    ("Bytes", parts.sizes),
-    ("Truncated raw and refused", parts.grades),
-    ("Time", parts.seconds),
-)
+    return Section("identity", "What this is", table("Bundle and options", ("", ""), rows))

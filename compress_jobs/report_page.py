@@ -28,26 +28,28 @@ p, figcaption { max-width: 44rem; }
 .card { border: 1px solid #b8bdc3; border-radius: .4rem; padding: .7rem .8rem; }
 .card dt { font-size: .85rem; color: #4a5056; }
 .card dd { margin: 0; font-size: .85rem; overflow-wrap: anywhere; }
-.card .value { font-size: 1.35rem; line-height: 1.35; font-weight: 650; font-variant-numeric: tabular-nums; }
+.card .value { font-size: 1.3rem; line-height: 1.35; font-weight: 650; font-variant-numeric: tabular-nums; }
 nav ul { padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; list-style: none; }
 a { color: #005a8c; }
 figure { margin: 1rem 0 1.25rem; }
-.plot, .rows { overflow-x: auto; }
-.chart { display: block; width: 100%; max-width: 46rem; min-width: 29rem; height: auto; }
+.rows { overflow-x: auto; }
+.chart { display: block; width: 100%; max-width: 44rem; height: auto; }
 .chart * { stroke-linejoin: round; }
 .chart text { font-family: inherit !important; }
 figcaption { margin-top: .5rem; }
 figcaption b { font-weight: 650; }
 .read { color: #4a5056; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: min(100%, 24rem); }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: min(100%, 20rem); }
 caption { text-align: left; font-weight: 650; padding: .25rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .22rem .9rem .22rem 0; border-bottom: 1px solid #dde0e4;
-  overflow-wrap: anywhere; }
-tbody th { font-weight: 400; min-width: 7rem; }
-thead th { border-bottom: 1.5px solid #6b7177; overflow-wrap: normal; }
-.number { text-align: right; white-space: nowrap; }
+  white-space: nowrap; }
+tbody th { font-weight: 400; }
+thead th { vertical-align: bottom; border-bottom: 1.5px solid #6b7177; white-space: normal; }
+.number { text-align: right; }
+.words { white-space: normal; overflow-wrap: anywhere; min-width: 10rem; }
 .rows { margin: .75rem 0 1.25rem; }
-.long { max-height: 26rem; overflow-y: auto; border: 1px solid #b8bdc3; border-radius: .4rem; padding: 0 .8rem; }
+.long { width: fit-content; max-width: 100%; max-height: 26rem; overflow-y: auto;
+  border: 1px solid #b8bdc3; border-radius: .4rem; padding: 0 .8rem; }
 .long thead th { position: sticky; top: 0; background: #fff; }
 .note { border-left: 4px solid #6b7177; padding-left: .75rem; }
 footer { margin-top: 3rem; font-size: .85rem; color: #4a5056; }
@@ -57,8 +59,8 @@ footer { margin-top: 3rem; font-size: .85rem; color: #4a5056; }
   nav { display: none; }
   h2 { break-after: avoid; margin-top: 1.5rem; }
   figure, .card, tr { break-inside: avoid; }
-  .plot, .rows, .long { overflow: visible; max-height: none; border: 0; padding: 0; }
-  .chart { min-width: 0; max-width: 15.5cm; }
+  .rows, .long { overflow: visible; max-height: none; border: 0; padding: 0; }
+  .chart { max-width: 15cm; }
   .long thead th { position: static; }
 }
 """
@@ -105,29 +107,35 @@ def paragraph(text: str, kind: str = "") -> str:
 def figure(svg: str, how_to_read: str, here: str) -> str:
     """A figure with the sentence that says how to read it, and the one that says what it shows here."""
     return (
-        f'<figure>\n<div class="plot">{svg}</div>\n<figcaption><span class="read">{escape(how_to_read)}</span> '
+        f'<figure>\n{svg}\n<figcaption><span class="read">{escape(how_to_read)}</span> '
         f"<b>Here:</b> {escape(here)}</figcaption>\n</figure>\n"
     )
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns whose header begins with ">" hold numbers. What is long scrolls on a screen, and not in print."""
-    kinds = [' class="number"' if name.startswith(">") else "" for name in header]
-    head = "".join(
-        f'<th scope="col"{kind}>{escape(name.removeprefix(">"))}</th>' for kind, name in zip(kinds, header, strict=True)
-    )
+    numeric = [name.startswith(">") for name in header]
+    head = "".join(_cell("th", "col", name.removeprefix(">"), n) for name, n in zip(header, numeric, strict=True))
     lines = []
     for row in rows:
-        first, *rest = (escape(cell) for cell in row)
-        cells = "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds[1:], rest, strict=True))
-        lines.append(f'<tr><th scope="row"{kinds[0]}>{first}</th>{cells}</tr>')
+        cells = [_cell("td" if i else "th", "" if i else "row", str(cell), numeric[i]) for i, cell in enumerate(row)]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
     is_long = ' class="rows long"' if len(rows) > _SCROLL_ROWS else ' class="rows"'
     return (
-        f'<div{is_long} role="region" tabindex="0" aria-label="{escape(caption)}">\n<table>'
-        f"<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
+        f'<div{is_long} role="group" tabindex="0" aria-label="{escape(caption)}">\n<table>'
+        f"<caption>{escape(caption)}</caption>\n"
+        + (f"<thead><tr>{head}</tr></thead>\n" if any(header) else "")
+        + "<tbody>\n"
         + "\n".join(lines)
         + "\n</tbody></table></div>\n"
     )
+
+
+def _cell(tag: str, scope: str, content: str, is_number: bool) -> str:
+    # Only what is long may be broken: a message, a path, an id of two long segments.
+    kind = "number" if is_number else "words" if len(content) > 28 else ""
+    attributes = (f' scope="{scope}"' if scope else "") + (f' class="{kind}"' if kind else "")
+    return f"<{tag}{attributes}>{escape(content)}</{tag}>"
 
 
 def cards(values: Sequence[tuple[str, str, str]]) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -26,16 +27,21 @@ from compress_jobs.report_page import clean, error_text, size_text
 _BLUE, _VERMILION, _GREEN, _PURPLE, _INK, _GREY = "#0072B2", "#D55E00", "#009E73", "#8F4D75", "#1b1f24", "#6b7177"
 _MODES = {"core": ("on a basis", "o", _BLUE), "truncated": ("truncated", "s", _VERMILION), "raw": ("raw", "D", _GREEN)}
 _METHODS = {"jd-full": ("o", _BLUE, "-"), "jd-diag": ("^", _VERMILION, "-."), "svd": ("s", _INK, "--")}
-_PARTS = {"bases": (_BLUE, ""), "cores": (_VERMILION, "////"), "truncated": (_GREEN, "...."), "raw": (_PURPLE, "xxxx")}
-_MAX_NAMED = 40  # adapters that get a line of their own; beyond, a step curve
-_WIDTH = 6.4  # inches of 72 units; the page shows a unit as 1 to 1.65 pixels
+_PARTS = {
+    "bases": (_BLUE, ""),
+    "cores": (_VERMILION, "////"),
+    "truncated": (_GREEN, "\\\\\\\\"),
+    "raw": (_PURPLE, "xxxx"),
+}
+MAX_NAMED = 40  # adapters that get a line of their own; beyond, a step curve
+_WIDTH = 5.8  # inches of 72 units; the page shows a unit as 0.9 to 1.7 pixels
 
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "compress-then-serve",
     "text.parse_math": False,  # an id with dollar signs is an id
     "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
+    "font.size": 9.5,
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _GREY,
@@ -56,7 +62,7 @@ def error_by_adapter(
 ) -> str:
     """``errors``: id -> (mode, error); ``means``: what a line is -> where it stands."""
     ranked = sorted(errors.items(), key=lambda item: (-item[1][1], item[0]))
-    is_named = len(ranked) <= _MAX_NAMED
+    is_named = len(ranked) <= MAX_NAMED
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(1.0 + 0.19 * len(ranked) if is_named else 3.4)
         if is_named:
@@ -69,13 +75,10 @@ def error_by_adapter(
         if gate <= 4 * largest:
             draw_line(gate, color=_INK, linewidth=1.4, label=f"gate {gate:g}")
             limit = max(limit, gate * 1.08)
+        elif is_named:
+            _in_corner(axes, f"gate {gate:g}: beyond this axis →", (1, 0), (-2, 3), "bottom")
         else:
-            where = {"xy": (1, 0), "ha": "right", "va": "bottom", "xytext": (-2, 3)}
-            where |= {} if is_named else {"xy": (1, 1), "va": "top", "xytext": (-2, -2)}
-            axes.annotate(
-                f"gate {gate:g}: beyond this axis {'→' if is_named else '↑'}",
-                xycoords="axes fraction", textcoords="offset points", **where,
-            )  # fmt: skip
+            _in_corner(axes, f"gate {gate:g}: beyond this axis ↑", (1, 1), (-2, -2), "top")
         for style, (name, mean) in zip(("--", ":"), means.items(), strict=False):
             draw_line(mean, color=_GREY, linewidth=1.4, linestyle=style, label=f"{name} {error_text(mean)}")
             limit = max(limit, mean * 1.08)
@@ -83,7 +86,7 @@ def error_by_adapter(
             axes.set_xlim(-0.015 * limit, limit)
         else:
             axes.set_ylim(-0.015 * limit, limit)
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=2)
         return _svg(figure, "error-by-adapter", label)
 
 
@@ -97,14 +100,22 @@ def _dots(axes: Axes, ranked: Sequence[tuple[str, tuple[str, float]]]) -> None:
 
 
 def _steps(axes: Axes, ranked: Sequence[tuple[str, tuple[str, float]]]) -> None:
+    modes = [mode for _, (mode, _) in ranked]
+    usual = max(_MODES, key=modes.count)
     errors = [error for _, (_, error) in ranked]
-    axes.stairs(errors, np.arange(len(errors) + 1), baseline=None, color=_BLUE, linewidth=1.6, label="on a basis")
+    label = f"all adapters (unmarked: {_MODES[usual][0]})"
+    axes.stairs(errors, np.arange(len(errors) + 1), baseline=None, color=_BLUE, linewidth=1.6, label=label)
     axes.set_xlim(0, len(errors))
     axes.grid(True, axis="y")
     axes.set_xlabel("adapters, from the largest error to the smallest")
     axes.set_ylabel("squared relative error")
-    apart = [(row + 0.5, error, mode) for row, (_, (mode, error)) in enumerate(ranked) if mode != "core"]
-    _by_mode(axes, apart)
+    _by_mode(axes, [(row + 0.5, error, mode) for row, (_, (mode, error)) in enumerate(ranked) if mode != usual])
+
+
+def _in_corner(axes: Axes, text: str, corner: tuple[int, int], offset: tuple[int, int], side: str) -> None:
+    axes.annotate(
+        text, corner, offset, xycoords="axes fraction", textcoords="offset points", ha="right", va=side
+    )  # fmt: skip
 
 
 def _by_mode(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
@@ -125,13 +136,10 @@ def heat_map(
 ) -> str:
     """``values`` (rows, columns), NaN where there is nothing to show; darker is more, a ring marks the largest."""
     num_rows, num_columns = values.shape
-    is_square = num_rows == num_columns
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(0.9 + (min(0.55 * num_rows, 4.2) if is_square else 0.34 * num_rows))
+        figure, axes = _figure(0.9 + min(0.34 * num_rows, 3.6))
         colors = matplotlib.colormaps["cividis_r"].with_extremes(bad="#f0f1f3")
-        image = axes.imshow(
-            np.ma.masked_invalid(values), cmap=colors, aspect="equal" if is_square else "auto", interpolation="nearest"
-        )
+        image = axes.imshow(np.ma.masked_invalid(values), cmap=colors, aspect="auto", interpolation="nearest")
         _thin_ticks(axes.xaxis, columns)
         _thin_ticks(axes.yaxis, rows)
         axes.set_xlabel(axis_labels[0])
@@ -149,27 +157,40 @@ def heat_map(
             axes.plot(
                 column, row, "o", markerfacecolor="none", markeredgecolor="white", markersize=6, markeredgewidth=1.6
             )
-        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=14 if is_square else 8)
+        bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.04, aspect=30)
         bar.set_label(legend)
         bar.outline.set_visible(False)
         bar.locator = MaxNLocator(4)
         return _svg(figure, name, label)
 
 
-def cluster_sizes(sizes: Mapping[str, int], label: str) -> str:
+def bars(name: str, values: Mapping[str, float], axis_labels: tuple[str, str], label: str) -> str:
+    """A bar for each of ``values``: lying where they are few, standing where they are many."""
+    texts = [f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" for value in values.values()]
+    places, lengths = range(len(values)), list(values.values())
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(2.2)
-        bars = axes.bar(range(len(sizes)), list(sizes.values()), color=_BLUE, width=0.7)
-        if len(sizes) <= 30:
-            axes.bar_label(bars, padding=2)
-        _thin_ticks(axes.xaxis, list(sizes))
-        axes.set_xlim(-0.7, max(len(sizes), 6) - 0.3)
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.grid(True, axis="y")
-        axes.margins(y=0.15)
-        axes.set_xlabel("cluster")
-        axes.set_ylabel("adapters")
-        return _svg(figure, "cluster-sizes", label)
+        if len(values) <= 8:
+            figure, axes = _figure(0.75 + 0.26 * len(values))
+            axes.bar_label(axes.barh(places, lengths, color=_BLUE, height=0.62), texts, padding=4)
+            axes.set_yticks(places, [short(key) for key in values])
+            axes.set_ylim(len(values) - 0.5, -0.5)
+            along: Axis = axes.xaxis
+        else:
+            figure, axes = _figure(2.4)
+            drawn = axes.bar(places, lengths, color=_BLUE, width=0.7)
+            if len(values) <= 30:
+                axes.bar_label(drawn, texts, padding=2, fontsize=8)
+            _thin_ticks(axes.xaxis, list(values))
+            axes.set_xlim(-0.7, len(values) - 0.3)
+            along = axes.yaxis
+        axes.margins(0.14)
+        across = axes.yaxis if along is axes.xaxis else axes.xaxis
+        across.set_label_text(axis_labels[0])
+        across.set_tick_params(length=0)
+        along.set_label_text(axis_labels[1])
+        along.set_major_locator(MaxNLocator(5, integer=all(isinstance(value, int) for value in lengths)))
+        along.grid(True)
+        return _svg(figure, name, label)
 
 
 def trade_off(
@@ -206,7 +227,7 @@ def trade_off(
         axes.grid(True)
         axes.set_xlabel("bytes resident (logarithmic)")
         axes.set_ylabel("mean squared relative error (logarithmic)")
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=2)
         return _svg(figure, "trade-off", label)
 
 
@@ -246,20 +267,6 @@ def bytes_before_and_after(before: int | None, parts: Mapping[str, int], label: 
         return _svg(figure, "bytes", label)
 
 
-def seconds_by_phase(seconds: Mapping[str, float], label: str) -> str:
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(0.7 + 0.28 * len(seconds))
-        bars = axes.barh(range(len(seconds)), list(seconds.values()), color=_BLUE, height=0.6)
-        axes.bar_label(bars, [f"{value:,.1f} s" for value in seconds.values()], padding=4)
-        axes.set_yticks(range(len(seconds)), [short(phase) for phase in seconds])
-        axes.tick_params(axis="y", length=0)
-        axes.invert_yaxis()
-        axes.margins(x=0.15)
-        axes.set_xlabel("seconds")
-        axes.spines["left"].set_visible(False)
-        return _svg(figure, "seconds", label)
-
-
 def short(name: str, most: int = 26) -> str:
     """Both ends of a long name, which is where names differ."""
     name = clean(name)
@@ -271,7 +278,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _thin_ticks(axis: matplotlib.axis.Axis, names: Sequence[str]) -> None:
+def _thin_ticks(axis: Axis, names: Sequence[str]) -> None:
     step = math.ceil(len(names) / 25)
     axis.set_ticks(range(0, len(names), step), [short(name) for name in names[::step]])
 
