@@ -17,7 +17,7 @@ from typing import Any
 from cluster.bundle import Bundle, manifest_key
 from cluster.errors import BundleError, ConfigError, StoreMissing
 from cluster.manifest import Manifest
-from compress_jobs.report_facts import Notes, error_figure, ratio_text, served_error, verdict_on_svd
+from compress_jobs.report_facts import Notes, error_figure, served_error, verdict_on_svd
 from compress_jobs.report_page import Section, cards, count, error_text, page, paragraph, size_text, table
 
 SectionMaker = Callable[[Manifest, Notes], Section | None]
@@ -76,6 +76,7 @@ def render(manifest: Manifest, report: Mapping[str, Any]) -> str:
         ("Error by adapter", report_errors.adapters),
         ("Error by layer and module kind", report_errors.modules),
         ("Clusters", report_errors.clusters),
+        ("Similarity", report_errors.similarity),
         ("Trade-off", report_costs.trade_off),
         ("Choices weighed", report_costs.choices),
         ("Bytes", report_costs.sizes),
@@ -120,7 +121,9 @@ def _overview(manifest: Manifest, report: Notes) -> str:
     )
     values = [("Adapters served", f"{len(modes):,}", f"{how}; {len(manifest.refused):,} refused")]
     if before:
-        values.append(("Bytes", ratio_text(before, after), f"{size_text(before)} before, {size_text(after)} after"))
+        ratio, direction = (before / after, "fewer") if before >= after else (after / before, "more")
+        sizes = f"{size_text(before)} before, {size_text(after)} after"
+        values.append((f"Bytes, {direction} by a factor of", f"{ratio:.2f}", sizes))
     else:
         values.append(("Bytes resident", size_text(after), f"{after:,} bytes"))
     for label, error in (("Mean error", served), ("Mean error, SVD at equal bytes", svd)):

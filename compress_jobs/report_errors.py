@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -73,7 +72,8 @@ def adapters(manifest: Manifest, report: Notes) -> Section | None:
 
 
 def modules(manifest: Manifest, report: Notes) -> Section | None:
-    errors = {name: float(error) for name, error in (report.get("module_errors") or {}).items() if error is not None}
+    known = report.get("module_errors") or {}
+    errors = {name: float(error) for name, error in known.items() if error is not None and math.isfinite(error)}
     if not errors:
         return None
     cells: dict[tuple[str, str], list[float]] = {}
@@ -98,11 +98,9 @@ def modules(manifest: Manifest, report: Notes) -> Section | None:
         f"mean by kind: {by_kind}. {svd_beside(report)}"
     )
     how = (
-        "A cell is the mean error over the adapters that touch the module, each counted alike; darker is more, a ring "
-        "marks the largest. A module of little energy may stand out here and hardly count in an adapter's error."
+        f"A cell is the mean error over the adapters that touch the module, each counted alike; {_darker(values)}. "
+        "A module of little energy may stand out here and hardly count in an adapter's error."
     )
-    if values.shape[1] <= 12:
-        how = how.replace(", a ring marks the largest", "")
     rows = [(layer, *(error_text(value) for value in column)) for layer, column in zip(layers, values.T, strict=True)]
     header = ("layer", *(f">{kind}" for kind in kinds))
     return Section(
@@ -121,10 +119,9 @@ def clusters(manifest: Manifest, report: Notes) -> Section | None:
     svg = report_plots.bars(
         "cluster-sizes", counts, ("cluster", "adapters"), "Adapters in each cluster; the table below has the numbers"
     )
-    here = (
-        f"{count(len(counts), 'cluster')} of {min(counts.values())} to {max(counts.values())} adapters. "
-        f"{_verdict_on_split(report)} {svd_beside(report)}"
-    )
+    smallest, largest = min(counts.values()), max(counts.values())
+    sizes = f"{smallest} to {largest}" if smallest < largest else f"{largest}"
+    here = f"{count(len(counts), 'cluster')} of {sizes} adapters. {_verdict_on_split(report)} {svd_beside(report)}"
     body = figure(svg, "A bar is a cluster: adapters that share one basis.", here)
     rows = []
     for name, own in members.items():
@@ -135,14 +132,16 @@ def clusters(manifest: Manifest, report: Notes) -> Section | None:
         rows.append((name, len(own), f"{basis_bytes:,}", f"{cores_bytes:,}", error_text(mean(errors)), worst))
     header = ("cluster", ">adapters", ">basis, bytes", ">cores, bytes", ">error, mean", ">worst")
     body += table("Clusters", header, rows)
-    if report.get("similarity"):
-        body += _similarity(list(members), report["similarity"])
     return Section("clusters", "Clusters", body)
 
 
-def _similarity(names: Sequence[str], rows: Sequence[Sequence[float | None]]) -> str:
-    """``rows`` in ascending order of the clusters' numbers: a JSON object's own order would put 10 before 2."""
+def similarity(manifest: Manifest, report: Notes) -> Section | None:
+    """Rows in ascending order of the clusters' numbers: the order of a JSON object's keys would put 10 before 2."""
+    names = sorted(report.get("cluster_sizes") or manifest.clusters, key=by_number)
+    rows = report.get("similarity") or []
     values = np.array([[math.nan if value is None else float(value) for value in row] for row in rows])
+    if len(names) < 2 or not np.isfinite(values).any():
+        return None
     if values.shape != (len(names), len(names)):
         raise ValueError(f"similarity is {values.shape}, expected a row and a column for each of {len(names)} clusters")
     svg = report_plots.heat_map(
@@ -154,21 +153,36 @@ def _similarity(names: Sequence[str], rows: Sequence[Sequence[float | None]]) ->
         "mean cosine",
         "Similarity within and across clusters",
     )
-    within = float(np.nanmean(np.diag(values)))
-    here = f"within clusters the mean cosine is {within:.3f}"
-    across = values[~np.eye(len(names), dtype=bool)]
-    if np.isfinite(across).any():
-        between = float(np.nanmean(across))
-        here += f", across {between:.3f}: " + (
-            f"adapters are more like those of their own cluster, by {within - between:.3f}."
-            if within > between
-            else "adapters are no more like those of their own cluster than like others."
+    across = np.where(np.eye(len(names), dtype=bool), np.nan, values)
+    within, between = _mean_of(np.diag(values)), _mean_of(across)
+    here = f"within clusters the mean cosine is {within:.3f}, across {between:.3f}: " + (
+        f"adapters are more like those of their own cluster, by {within - between:.3f}."
+        if within > between
+        else "adapters are no more like those of their own cluster than like others."
+    )
+    by_cluster = []
+    for i, name in enumerate(names):
+        others = np.nan_to_num(across[i], nan=-np.inf)
+        nearest = int(others.argmax())
+        by_cluster.append(
+            (name, *map(_cosine, (values[i, i], _mean_of(across[i]))), names[nearest], _cosine(others[nearest]))
         )
-    how = "A cell is the mean cosine between adapters of two clusters, on the diagonal of one; darker is more alike."
-    table_rows = [
-        (name, *(f"{v:.3f}" if np.isfinite(v) else "–" for v in row)) for name, row in zip(names, values, strict=True)
-    ]
-    return figure(svg, how, here) + table("Mean cosine", ("cluster", *(f">{name}" for name in names)), table_rows)
+    how = f"A cell is the mean cosine between adapters of two clusters, on the diagonal of one; {_darker(values)}."
+    header = ("cluster", ">within", ">across", "most like", ">by")
+    body = figure(svg, how, here) + table("Mean cosine", header, by_cluster)
+    return Section("similarity", "Similarity within and across clusters", body)
+
+
+def _mean_of(values: np.ndarray) -> float:
+    return mean([float(value) for value in values.flat if np.isfinite(value)])
+
+
+def _cosine(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "–"
+
+
+def _darker(values: np.ndarray) -> str:
+    return "darker is more" + (", a ring marks the largest" if report_plots.has_ring(values) else "")
 
 
 def _verdict_on_split(report: Notes) -> str:

@@ -33,7 +33,7 @@ nav ul { padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: .15rem 1.1r
 a { color: #005a8c; }
 figure { margin: 1rem 0 1.25rem; }
 .rows { overflow-x: auto; }
-.chart { display: block; width: 100%; max-width: 44rem; height: auto; }
+.chart { display: block; width: 100%; max-width: 41rem; height: auto; }
 .chart * { stroke-linejoin: round; }
 .chart text { font-family: inherit !important; }
 figcaption { margin-top: .5rem; }
@@ -86,7 +86,9 @@ def escape(value: object) -> str:
 def error_text(error: float | None) -> str:
     if error is None or not math.isfinite(error):
         return "–"
-    return f"{error:.4f}" if error == 0 or abs(error) >= 0.001 else f"{error:.1e}"
+    if error == 0:
+        return "0"
+    return f"{error:.4f}" if abs(error) >= 0.001 else f"{error:.1e}"
 
 
 def size_text(num_bytes: float) -> str:

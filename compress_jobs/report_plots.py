@@ -134,10 +134,9 @@ def heat_map(
     legend: str,
     label: str,
 ) -> str:
-    """``values`` (rows, columns), NaN where there is nothing to show; darker is more, a ring marks the largest."""
-    num_rows, num_columns = values.shape
+    """``values`` (rows, columns), NaN where there is nothing to show; darker is more; see ``has_ring``."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(0.9 + min(0.34 * num_rows, 3.6))
+        figure, axes = _figure(0.9 + min(0.34 * len(rows), 3.6))
         colors = matplotlib.colormaps["cividis_r"].with_extremes(bad="#f0f1f3")
         image = axes.imshow(np.ma.masked_invalid(values), cmap=colors, aspect="auto", interpolation="nearest")
         _thin_ticks(axes.xaxis, columns)
@@ -147,7 +146,7 @@ def heat_map(
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         row, column = np.unravel_index(np.nanargmax(values), values.shape)
-        if num_columns <= 12 and num_rows <= 12:
+        if not has_ring(values):
             middle = (np.nanmin(values) + np.nanmax(values)) / 2
             for (y, x), value in np.ndenumerate(values):
                 if not np.isnan(value):
@@ -162,6 +161,11 @@ def heat_map(
         bar.outline.set_visible(False)
         bar.locator = MaxNLocator(4)
         return _svg(figure, name, label)
+
+
+def has_ring(values: np.ndarray) -> bool:
+    """Whether the cells of a heat map are too many for numbers, so that a ring marks the largest."""
+    return values.shape[0] > 12 or values.shape[1] > 12
 
 
 def bars(name: str, values: Mapping[str, float], axis_labels: tuple[str, str], label: str) -> str:
@@ -279,7 +283,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _thin_ticks(axis: Axis, names: Sequence[str]) -> None:
-    step = math.ceil(len(names) / 25)
+    step = math.ceil(len(names) / 20)
     axis.set_ticks(range(0, len(names), step), [short(name) for name in names[::step]])
 
 
