@@ -58,7 +58,8 @@ footer { margin-top: 3rem; font-size: .85rem; color: #4a5056; }
   body { padding: 0; max-width: none; font-size: 10pt; color: #000; }
   nav { display: none; }
   h2 { break-after: avoid; margin-top: 1.5rem; }
-  figure, .card, tr { break-inside: avoid; }
+  figure, .card, tr, .rows:not(.long) { break-inside: avoid; }
+  .cards { grid-template-columns: repeat(auto-fit, minmax(3.6cm, 1fr)); }
   .rows, .long { overflow: visible; max-height: none; border: 0; padding: 0; }
   .chart { max-width: 15cm; }
   .long thead th { position: static; }
@@ -135,7 +136,7 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[object]])
 
 def _cell(tag: str, scope: str, content: str, is_number: bool) -> str:
     # Only what is long may be broken: a message, a path, an id of two long segments.
-    kind = "number" if is_number else "words" if len(content) > 28 else ""
+    kind = "number" if is_number else "words" if len(content) > 32 else ""
     attributes = (f' scope="{scope}"' if scope else "") + (f' class="{kind}"' if kind else "")
     return f"<{tag}{attributes}>{escape(content)}</{tag}>"
 

@@ -165,7 +165,7 @@ def heat_map(
 
 def has_ring(values: np.ndarray) -> bool:
     """Whether the cells of a heat map are too many for numbers, so that a ring marks the largest."""
-    return values.shape[0] > 12 or values.shape[1] > 12
+    return bool(max(values.shape) > 12)
 
 
 def bars(name: str, values: Mapping[str, float], axis_labels: tuple[str, str], label: str) -> str:
@@ -173,7 +173,7 @@ def bars(name: str, values: Mapping[str, float], axis_labels: tuple[str, str], l
     texts = [f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" for value in values.values()]
     places, lengths = range(len(values)), list(values.values())
     with matplotlib.rc_context(_STYLE):
-        if len(values) <= 8:
+        if len(values) <= 12:
             figure, axes = _figure(0.75 + 0.26 * len(values))
             axes.bar_label(axes.barh(places, lengths, color=_BLUE, height=0.62), texts, padding=4)
             axes.set_yticks(places, [short(key) for key in values])
@@ -212,7 +212,7 @@ def trade_off(
             axes.plot(*zip(*points, strict=True), marker, color=color, markersize=5, alpha=0.45, markeredgewidth=0)
             axes.plot(
                 *zip(*frontier(points), strict=True), marker=marker, color=color, linestyle=line,
-                markersize=5, linewidth=1.4, label=method,
+                markersize=5, linewidth=1.4, label=short(method),
             )  # fmt: skip
         styles = (("*", 15), ("P", 9))
         for (marker, size), (name, (num_bytes, error)) in zip(styles, marked.items(), strict=False):
