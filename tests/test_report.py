@@ -432,6 +432,7 @@ def test_the_trade_off_counts_joint_options_that_beat_svd() -> None:
         {"method": "jd-full", "clusters": 1, "rank": 1, "bytes": 50, "error": 0.9},  # no SVD option is as small
         {"method": "jd-full", "clusters": 1, "rank": 2, "bytes": 150, "error": 0.4},  # better than 0.5
         {"method": "jd-diag", "clusters": 1, "rank": 9, "bytes": 200, "error": 0.3},  # worse than 0.2
+        {"method": "jd-diag", "clusters": 1, "rank": 9, "bytes": 250, "error": 0.25},  # worse too
         {
             "method": "jd-full",
             "clusters": 1,
@@ -441,7 +442,7 @@ def test_the_trade_off_counts_joint_options_that_beat_svd() -> None:
         },  # lossless has no place on the axis
     ]
     body = body_of(report_costs.trade_off(make_manifest(), {"tradeoff": points}))
-    assert "1 of 2 joint options has a lower error than the best SVD option of no more bytes." in body
+    assert "1 of 3 joint options has a lower error than the best SVD option of no more bytes." in body
 
 
 def test_the_frontier_is_what_nothing_beats() -> None:
