@@ -47,7 +47,12 @@ def object_key(sha: str) -> str:
 
 
 def manifest_key(bundle: str, revision: int) -> str:
-    return f"bundles/{bundle}/revisions/{revision}/manifest.json"
+    return revision_key(bundle, revision, "manifest.json")
+
+
+def revision_key(bundle: str, revision: int, name: str) -> str:
+    """Of a file beside the manifest."""
+    return f"bundles/{bundle}/revisions/{revision}/{name}"
 
 
 def read_current(store: Store) -> tuple[Current, str] | None:

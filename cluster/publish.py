@@ -10,7 +10,7 @@ from uuid import uuid4
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from cluster.bundle import Current, manifest_key, object_key, read_current, read_manifest
+from cluster.bundle import Current, manifest_key, object_key, read_current, read_manifest, revision_key
 from cluster.errors import BundleError, PublishConflict, StoreConflict, StoreMissing
 from cluster.manifest import Manifest
 from cluster.store import Store
@@ -57,7 +57,7 @@ def publish(store: Store, manifest: Manifest, report: bytes, seen_current: str |
     if missing := missing_objects(store, manifest):
         raise BundleError(f"{store.uri}: {len(missing)} objects of {manifest.bundle} are missing, such as {missing[0]}")
     manifest = _create_manifest(store, manifest)
-    store.write(manifest_key(manifest.bundle, manifest.revision).replace("manifest.json", "report.json"), report)
+    store.write(revision_key(manifest.bundle, manifest.revision, "report.json"), report)
     move_current(store, manifest, seen_current)
     return manifest
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from cluster.adapter import AdapterRecord, list_adapters
 from cluster.base import read_base
-from cluster.bundle import read_current, read_manifest
+from cluster.bundle import read_current, read_manifest, revision_key
 from cluster.clustering import kind_energies, sample_modules
 from cluster.errors import BundleError, ConfigError, CtsError, InputError, PublishConflict, StoreMissing
 from cluster.manifest import Base, Manifest, Method, Refused
@@ -27,6 +27,7 @@ from compress_jobs.context import JobContext, job_id
 from compress_jobs.fit_layer import Layer, LayerFit
 from compress_jobs.options import AUTO, RunOptions
 from compress_jobs.progress import say, track
+from compress_jobs.report import render
 from compress_jobs.state import AdapterError, Job
 from compress_jobs.summary import Summary
 from compress_jobs.write_up import manifest_of, summary_of
@@ -116,7 +117,11 @@ def _run(job: Job) -> Outcome:
         _assemble(job)
     manifest = manifest_of(job)
     summary = summary_of(job, manifest)
-    return Outcome(publish(job.store, manifest, summary.to_json(), job.seen_current), summary)
+    manifest = publish(job.store, manifest, summary.to_json(), job.seen_current)
+    with job.phase("report"):
+        page = render(manifest, asdict(summary))
+        job.store.write(revision_key(manifest.bundle, manifest.revision, "report.html"), page.encode())
+    return Outcome(manifest, summary)
 
 
 def _inspect(job: Job) -> None:
