@@ -85,11 +85,12 @@ def fit_layers(context: JobContext, layers: Sequence[Layer], labels: Sequence[in
 def _fit_layer(context: JobContext, layer: Layer, read: _Read, labels: np.ndarray) -> LayerFit:
     squared_errors: dict[str, list[float]] = {}
     parts: dict[int, dict[str, torch.Tensor]] = {int(cluster): {} for cluster in np.unique(labels)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # Ray hides the GPUs that the task has not asked for
     for module in layer.modules:
         # Taken out of ``factors``: what has been stacked is not held twice.
         stack = stack_factors([(i, found.pop(module)) for i, found in enumerate(read.factors) if module in found])
         if stack is not None:
-            squared_errors[module] = _fit_module(context, module, stack, labels, parts)
+            squared_errors[module] = _fit_module(context, module, stack.to(device), labels, parts)
     for cluster, part in parts.items():
         context.out().write(context.fit_key(layer.number, cluster), save_tensors(part))
     return LayerFit(squared_errors, read.changed, read.num_bytes, peak_memory_bytes())
@@ -126,16 +127,16 @@ def _fit_module(
         basis = method.fit(own, int(context.options.rank), context.seed(module, cluster))
         stored = basis.rounded(context.dtype)
         unit = method.cores(own, stored)
-        norms = own.norms.to(unit.device).view(-1, *[1] * (unit.dim() - 1))
+        norms = own.norms.view(-1, *[1] * (unit.dim() - 1))
         cores = (unit * norms).to(context.dtype)
-        relative = relative_errors(own, stored, cores / norms)
-        squared_errors[list(own.members)] = (relative * own.norms.square()).numpy()
+        lost = relative_errors(own, stored, cores / norms) * own.norms.square()
+        squared_errors[list(own.members)] = lost.cpu().numpy()
 
         members = np.flatnonzero(labels == cluster)
         rows = torch.zeros(len(members), *cores.shape[1:], dtype=context.dtype)
-        rows[np.searchsorted(members, own.members)] = cores
-        part[f"{module}.U"] = basis.U.to(context.dtype).contiguous()
-        part[f"{module}.V"] = basis.V.to(context.dtype).contiguous()
+        rows[np.searchsorted(members, own.members)] = cores.cpu()
+        part[f"{module}.U"] = basis.U.to("cpu", context.dtype).contiguous()
+        part[f"{module}.V"] = basis.V.to("cpu", context.dtype).contiguous()
         part[module] = rows
     return squared_errors.tolist()
 

@@ -81,7 +81,9 @@ def dense_served(out: Path, manifest: dict[str, Any], adapter_id: str) -> dict[s
         return {m: factors[f"{m}.B"] @ factors[f"{m}.A"] for m in modules}
     cluster = manifest["clusters"][adapter["cluster"]]
     basis, cores = tensors(cluster["basis"]), tensors(cluster["cores"])
-    return {m: basis[f"{m}.U"] @ core[adapter["slot"]] @ basis[f"{m}.V"].T for m, core in cores.items()}
+    own = {m: core[adapter["slot"]] for m, core in cores.items()}
+    own = {m: np.diag(core) if core.ndim == 1 else core for m, core in own.items()}
+    return {m: basis[f"{m}.U"] @ core @ basis[f"{m}.V"].T for m, core in own.items()}
 
 
 def dense_error(adapter: Path, served: dict[str, np.ndarray]) -> float:

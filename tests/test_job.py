@@ -351,3 +351,16 @@ def test_a_raw_pattern_that_matches_nothing_is_an_error(base_path: Path, zoo_pat
     adapters = copy_adapters(zoo_path, tmp_path / "adapters", FEW[:2])
     with pytest.raises(ConfigError, match="--raw typo"):
         run_job(adapters, base_path, tmp_path / "out", raw=("typo*",))
+
+
+def test_diagonal_cores_are_published_with_the_errors_a_dense_reconstruction_gives(
+    base_path: Path, zoo_path: Path, tmp_path: Path
+) -> None:
+    adapters = copy_adapters(zoo_path, tmp_path / "adapters", FEW[:4])
+    run_job(adapters, base_path, tmp_path / "out", method="jd-diag", clusters=2, rank=8, gate=1.0)
+    manifest = current_manifest(tmp_path / "out")
+    for adapter_id, adapter in manifest["adapters"].items():
+        dense = dense_error(adapters / adapter_id, dense_served(tmp_path / "out", manifest, adapter_id))
+        assert adapter["error"] == pytest.approx(dense, abs=1e-5)
+    cores = load_file(tmp_path / "out" / "objects" / f"{manifest['clusters']['0']['cores'][7:]}.safetensors")
+    assert {core.dim() for core in cores.values()} == {2}
