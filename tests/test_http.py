@@ -304,10 +304,12 @@ def test_errors_have_their_status_and_openais_shape(
     ("method", "path", "body", "status"),
     [
         ("POST", "/v1/completions", b"{", 400),
+        ("POST", "/v1/completions", b'{"\\ud800": 1}', 400),
         ("GET", "/v1/completions", None, 405),
         ("GET", "/v1/nothing", None, 404),
         ("GET", "/v1/models/nobody/here", None, 404),
         ("GET", "/v1/models?limit=0", None, 400),
+        ("GET", "/v1/models?limit=" + "9" * 5000, None, 400),
         ("GET", "/v1/models?order=up", None, 400),
     ],
 )
