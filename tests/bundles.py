@@ -1,8 +1,10 @@
 """Bundles written straight from real adapters, without the compression job: lossless clusters and raw factors.
 
 A cluster of adapters B_i A_i (scale folded) is exact with U, V orthonormal bases of [B_1 ... B_n] and
-[A_1^T ... A_n^T], and S_i = (U^T B_i)(A_i V). With diagonal cores it is exact where U and V are all B_i and A_i^T side by side, their
-columns at norm 1, and each core holds the norms of its own columns and zeros elsewhere.
+[A_1^T ... A_n^T], and S_i = (U^T B_i)(A_i V).
+
+With diagonal cores it is exact where U and V are all B_i and A_i^T side by side, columns of norm 1, and each core
+holds the norms of its own columns and zeros elsewhere.
 """
 
 from __future__ import annotations
