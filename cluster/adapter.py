@@ -22,7 +22,7 @@ from cluster.adapter_config import AdapterConfig, parse_adapter_config
 from cluster.base import BaseModel
 from cluster.errors import AdapterChanged, AdapterRefused, StoreConflict, StoreMissing
 from cluster.manifest import canonical_json
-from cluster.store import Entry, Store
+from cluster.store import Blob, Entry, Store
 from cluster.tensor_file import DTYPES, TensorPlace, decode, parse_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -133,7 +133,7 @@ def read_adapter(store: Store, files: AdapterFiles, base: BaseModel) -> tuple[Ad
         if entry.size_bytes > limit:
             raise refuse("too-large", f"{entry.key} has {entry.size_bytes} bytes, at most {limit} are read")
 
-    config_bytes = store.read(files.config.key).data
+    config_bytes = _read(refuse, store, files.config.key).data
     config = parse_adapter_config(files.adapter_id, config_bytes)
     if config.base_name not in base.accepted_names:
         raise refuse(
@@ -141,7 +141,7 @@ def read_adapter(store: Store, files: AdapterFiles, base: BaseModel) -> tuple[Ad
             f"it was trained on {config.base_name!r}, this base is {' or '.join(sorted(base.accepted_names))}; "
             f"if that is the same model, add --accept-base {config.base_name!r}",
         )
-    weights = store.read(files.weights.key)
+    weights = _read(refuse, store, files.weights.key)
     places = _places(refuse, weights.data)
     try:
         tensors = load_tensors(weights.data)
@@ -230,6 +230,13 @@ class _Refuse:
 
     def __call__(self, reason: str, message: str) -> AdapterRefused:
         return AdapterRefused(self.adapter_id, reason, message)
+
+
+def _read(refuse: _Refuse, store: Store, key: str) -> Blob:
+    try:
+        return store.read(key)
+    except StoreConflict as error:
+        raise refuse("changed", str(error)) from None
 
 
 def _places(refuse: _Refuse, data: bytes) -> dict[str, TensorPlace]:

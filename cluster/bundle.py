@@ -23,7 +23,7 @@ from cluster.errors import BundleError, ConfigError, StoreMissing
 from cluster.layer import ModuleWeights
 from cluster.manifest import Adapter, Cluster, Manifest, parse_manifest
 from cluster.serving_map import ServingMap
-from cluster.store import Store, open_store
+from cluster.store import Blob, Store, open_store
 
 HomeWeights = dict[str, ModuleWeights]
 """Module name -> its weights, for one home."""
@@ -58,9 +58,12 @@ def revision_key(bundle: str, revision: int, name: str) -> str:
 def read_current(store: Store) -> tuple[Current, str] | None:
     """CURRENT and its ETag, or None where nothing was ever published."""
     try:
-        blob = store.read("CURRENT")
+        return _parse_current(store, store.read("CURRENT"))
     except StoreMissing:
         return None
+
+
+def _parse_current(store: Store, blob: Blob) -> tuple[Current, str]:
     try:
         current = Current(**json.loads(blob.data))
         if _BUNDLE_ID.fullmatch(current.bundle) is None or type(current.revision) is not int or current.revision < 0:
@@ -98,10 +101,14 @@ class Bundle:
             bundle = pinned["bundle"]
             number = newest_revision(store, bundle) if revision is None else revision
         else:
-            found = read_current(store)
-            if found is None:
-                raise StoreMissing(f"{address}: no CURRENT there; run the compression job with --out {address} first")
-            bundle, number = found[0].bundle, found[0].revision
+            try:
+                current, _ = _parse_current(store, store.read("CURRENT"))
+            except StoreMissing as error:
+                # Its text tells a missing bucket from a missing object.
+                raise StoreMissing(
+                    f"{address}: no CURRENT there; run the compression job with --out {address} first ({error})"
+                ) from None
+            bundle, number = current.bundle, current.revision
         return Bundle(store, read_manifest(store, bundle, number))
 
     @property

@@ -13,12 +13,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from os.path import abspath, expanduser
 from urllib.parse import unquote
 from uuid import uuid4
 
-from cluster.errors import ConfigError, StoreConflict, StoreUnsafe
+from cluster.errors import ConfigError, StoreConflict, StoreError, StoreUnreachable, StoreUnsafe
 
 OWN_FILES = ".cts-"
 """Names that begin so are a store's own (temporary and lock files): never a key, never listed."""
@@ -103,8 +104,13 @@ class Store(ABC):
         key = f"work/probe-{uuid4().hex}"
         try:
             fault = self._find_fault(key)
-        finally:
-            self.delete(key)
+        except StoreUnreachable:
+            raise  # waited for long enough already, and it would not delete either
+        except StoreError:
+            with suppress(StoreError):
+                self.delete(key)
+            raise
+        self.delete(key)
         if fault is not None:
             raise StoreUnsafe(
                 f"{self.uri}: the store {fault}, so two jobs could overwrite each other unnoticed; "

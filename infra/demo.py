@@ -80,6 +80,9 @@ def running_application(out: Path, port: int) -> Iterator[Any]:
     os.environ.pop("RAY_ADDRESS", None)
     prepared = job.prepare(options)
     tasks.connect(options)
+    # So that `make stop`, `kill` and a time limit end it as Ctrl-C does, with all that Ray started. Only now, for
+    # Ray sets a handler of its own, which aborts and leaves processes behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         outcome = job.run(prepared)
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -260,7 +263,6 @@ def serve_in_background() -> int:
 
 def serve_here(port: int) -> int:
     """The background process itself."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with running_application(SERVED / "bundle", port):
         wait_until_ready(port)
         print("ready", flush=True)

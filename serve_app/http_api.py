@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -69,7 +71,7 @@ async def answer_error(_: Request, error: Exception) -> Response:
     answer = as_api_error(error)
     if answer.status == 500:
         logger.error("request failed", exc_info=error)
-    return JSONResponse(answer.body, answer.status, headers=answer.headers)
+    return _answer(answer, answer.headers)
 
 
 async def answer_http_error(request: Request, error: HTTPException) -> Response:
@@ -77,10 +79,14 @@ async def answer_http_error(request: Request, error: HTTPException) -> Response:
     code = "method_not_allowed" if error.status_code == 405 else "unknown_url"
     message = f"{error.detail}: {request.method} {request.url.path}"
     answer = ApiError(error.status_code, message, kind="invalid_request_error", code=code)
-    return JSONResponse(answer.body, answer.status, headers=error.headers)
+    return _answer(answer, error.headers)
 
 
 async def answer_unexpected(_: Request, error: Exception) -> Response:
     """Starlette raises it again after this answer, which puts it in the log."""
-    answer = internal_error()
-    return JSONResponse(answer.body, answer.status)
+    return _answer(internal_error())
+
+
+def _answer(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    # All of it ASCII, which JSONResponse's is not: what a client sent and is told may hold half a surrogate pair.
+    return Response(json.dumps(error.body), error.status, headers, media_type="application/json")

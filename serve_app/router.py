@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -98,8 +99,8 @@ class Router:
         if unknown := set(query) - {"limit", "after"}:
             raise invalid(f"Unknown parameter {min(unknown)!r}; known are limit and after", min(unknown))
         limit = query.get("limit", str(DEFAULT_PAGE))
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit) <= MAX_PAGE):
-            raise invalid(f"limit is {limit!r}, expected a number from 1 to {MAX_PAGE}", "limit")
+        if not (re.fullmatch(r"[0-9]{1,9}", limit) and 1 <= int(limit) <= MAX_PAGE):
+            raise invalid(f"limit is {limit[:100]!r}, expected a number from 1 to {MAX_PAGE}", "limit")
         ids, has_more = page(self._loaded().model_ids, query.get("after"), int(limit))
         cards = [self.card(model_id) for model_id in ids]
         first, last = (ids[0], ids[-1]) if ids else (None, None)

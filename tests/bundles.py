@@ -2,6 +2,9 @@
 
 A cluster of adapters B_i A_i (scale folded) is exact with U, V orthonormal bases of [B_1 ... B_n] and
 [A_1^T ... A_n^T], and S_i = (U^T B_i)(A_i V).
+
+With diagonal cores it is exact where U and V are all B_i and A_i^T side by side, columns of norm 1, and each core
+holds the norms of its own columns and zeros elsewhere.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +31,7 @@ def read_factors(folder: Path) -> Factors:
     """An adapter of the zoo, read by this file's own few lines: no rank or alpha patterns there."""
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     tensors = load_file(folder / "adapter_model.safetensors")
     modules = sorted({key.split(".lora_")[0] for key in tensors})
     return {
@@ -45,8 +48,10 @@ def write_bundle(
     base_path: Path,
     clusters: Mapping[str, Mapping[str, Path]],
     raw: Mapping[str, Path],
+    diagonal: Collection[str] = (),
 ) -> Manifest:
-    """Publish at ``out``: cluster name -> (adapter id -> folder), and raw adapter id -> folder."""
+    """Publish at ``out``: cluster name -> (adapter id -> folder), and raw adapter id -> folder. The clusters of
+    ``diagonal`` get diagonal cores."""
     objects: dict[str, int] = {}
     adapters: dict[str, Adapter] = {}
     cluster_entries: dict[str, Cluster] = {}
@@ -67,7 +72,7 @@ def write_bundle(
 
     for name, folders in clusters.items():
         members = [read_factors(folder) for folder in folders.values()]
-        basis, cores = lossless_cluster(members)
+        basis, cores = (diagonal_cluster if name in diagonal else lossless_cluster)(members)
         for module in members[0]:
             shapes[module] = ModuleShape(basis[f"{module}.U"].shape[0], basis[f"{module}.V"].shape[0])
         cluster_entries[name] = Cluster(put(basis), put(cores), len(members))
@@ -90,7 +95,7 @@ def write_bundle(
         revision=0,
         parent=None,
         base=Base(base.name, base.fingerprint),
-        method=Method("jd-full", len(clusters), 64, 0, "float32", 1.0, tuple(raw)),
+        method=Method("jd-diag" if diagonal else "jd-full", len(clusters), 64, 0, "float32", 1.0, tuple(raw)),
         modules=shapes,
         clusters=cluster_entries,
         adapters=adapters,
@@ -111,6 +116,22 @@ def lossless_cluster(members: Sequence[Factors]) -> tuple[dict[str, Tensor], dic
         V, _ = torch.linalg.qr(torch.cat([A.T for A, _ in pairs], dim=1))
         basis |= {f"{module}.U": U, f"{module}.V": V}
         cores[module] = torch.stack([(U.T @ B) @ (A @ V) for A, B in pairs])
+    return basis, cores
+
+
+def diagonal_cluster(members: Sequence[Factors]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same with cores (n, sum of ranks)."""
+    basis, cores = {}, {}
+    for module in members[0]:
+        pairs = [member[module] for member in members]
+        U, V = torch.cat([B for _, B in pairs], dim=1), torch.cat([A.T for A, _ in pairs], dim=1)
+        norms = U.norm(dim=0) * V.norm(dim=0)
+        basis |= {f"{module}.U": U / U.norm(dim=0), f"{module}.V": V / V.norm(dim=0)}
+        ends = torch.tensor([len(A) for A, _ in pairs]).cumsum(0).tolist()
+        cores[module] = torch.zeros(len(pairs), len(norms))
+        for slot, (end, (A, _)) in enumerate(zip(ends, pairs, strict=True)):
+            own = slice(end - len(A), end)
+            cores[module][slot, own] = norms[own]
     return basis, cores
 
 

@@ -10,10 +10,11 @@ import struct
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -668,6 +669,24 @@ def test_a_file_replaced_between_the_passes_is_noticed(good: Path, base: BaseMod
         (good / "new").replace(path)
     with pytest.raises(AdapterChanged, match="'one' changed during the job"):
         read_modules(open_store(str(good.parent)), record, list(record.modules))
+
+
+class BeingUploaded(LocalStore):
+    """A folder in which each file is written to, in place, while it is read."""
+
+    @contextmanager
+    def _opened(self, key: str, if_match: str | None) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+        with super()._opened(key, if_match) as (file, info):
+            yield file, info
+            os.utime(self._path(key), ns=(0, info.st_mtime_ns + 1))
+
+
+def test_a_file_that_is_being_written_refuses_its_own_adapter_alone(good: Path, base: BaseModel) -> None:
+    store = BeingUploaded(str(good.parent))
+    (files,) = list_adapters(store)
+    with pytest.raises(AdapterRefused, match="let its writer finish") as caught:
+        read_adapter(store, files, base)
+    assert caught.value.reason == "changed"
 
 
 # --- Fuzz ---------------------------------------------------------------------------------------------------

@@ -193,6 +193,13 @@ def test_what_was_never_published_is_missing_by_name(local: Store) -> None:
         Bundle.open(f"{local.uri}/bundles/b-{'0' * 16}")
 
 
+def test_a_bucket_that_is_not_there_is_told_from_one_without_a_bundle(s3_bucket: str) -> None:
+    with pytest.raises(StoreMissing, match="NoSuchKey"):
+        Bundle.open(s3_bucket)
+    with pytest.raises(StoreMissing, match=r"s3://no-such-bucket/out: .*NoSuchBucket.*create the bucket"):
+        Bundle.open("s3://no-such-bucket/out")
+
+
 def test_an_unknown_home_is_refused_by_name(local: Store) -> None:
     publish_new(local)
     bundle = Bundle.open(local.uri)

@@ -56,10 +56,16 @@ def adapters(zoo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lossy(port: int, adapters: Path, base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    out = tmp_path_factory.mktemp("lossy")
-    run_job(adapters, base_path, out, clusters=3, rank=8, gate=1.0, raw=(RAW,))
+    """Adapters on three bases, one raw, and the worst one truncated: the gate lies just below its error."""
+    ungated, out = (tmp_path_factory.mktemp(name) for name in ("ungated", "lossy"))
+    options = {"clusters": 3, "rank": 8, "raw": (RAW,)}
+    manifest = run_job(adapters, base_path, ungated, gate=1.0, **options).manifest
+    *_, second, worst = sorted(adapter.error for adapter in manifest.adapters.values())
+    run_job(adapters, base_path, out, gate=(second + worst) / 2, **options)
     bundle = Bundle.open(str(out))
     assert len(bundle.manifest.clusters) == 3
+    modes = sorted(adapter.mode for adapter in bundle.manifest.adapters.values())
+    assert modes == ["core"] * (len(LOSSY) - 1) + ["raw", "truncated"]
     assert max(adapter.error for adapter in bundle.manifest.adapters.values()) > 0.01, "not lossy"
     return bundle
 

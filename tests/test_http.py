@@ -272,6 +272,27 @@ def test_a_home_that_fails_its_checks_is_503_with_the_reason_and_the_others_answ
     assert app.call("GET", "/health")[0] == 200
 
 
+@pytest.mark.slow
+def test_a_cluster_with_a_flipped_byte_is_503_for_its_adapters_and_the_other_cluster_answers(
+    tmp_path: Path, base_path: Path, zoo_path: Path, port: int
+) -> None:
+    members = {name: {adapter: zoo_path / adapter for adapter in CLUSTERS[name]} for name in ("0", "2")}
+    manifest = write_bundle(tmp_path, base_path, members, {})
+    flip_a_byte(tmp_path / object_key(manifest.clusters["0"].basis))
+    serve.run(build({"bundle": str(tmp_path), "base": str(base_path)}), name="halved", route_prefix="/halved")
+    halved = App("halved", port, "/halved")
+    wait_until(lambda: halved.call("GET", "/ready")[0] == 200)
+    for adapter in CLUSTERS["0"]:
+        with pytest.raises(openai.APIStatusError) as caught:
+            halved.say(adapter)
+        assert caught.value.status_code == 503
+        assert "corrupt" in str(caught.value.body)
+    for adapter in CLUSTERS["2"]:
+        assert halved.say(adapter).choices
+    assert halved.call("GET", "/ready?all=1")[0] == 503
+    serve.delete("halved")
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "status", "param", "code"),
     [
@@ -304,10 +325,12 @@ def test_errors_have_their_status_and_openais_shape(
     ("method", "path", "body", "status"),
     [
         ("POST", "/v1/completions", b"{", 400),
+        ("POST", "/v1/completions", b'{"\\ud800": 1}', 400),
         ("GET", "/v1/completions", None, 405),
         ("GET", "/v1/nothing", None, 404),
         ("GET", "/v1/models/nobody/here", None, 404),
         ("GET", "/v1/models?limit=0", None, 400),
+        ("GET", "/v1/models?limit=" + "9" * 5000, None, 400),
         ("GET", "/v1/models?order=up", None, 400),
     ],
 )

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from cluster.bundle import Bundle
+from cluster.errors import StoreError, StoreForbidden, StoreMissing, StoreUnreachable
 from cluster.store import open_store
+from serve_app.app import build
 from tests.jobs import FEW, copy_adapters, object_bytes, run_job
 from tests.serving import application, ask, ray_with_serve
 
@@ -45,3 +47,26 @@ def test_adapters_base_and_bundle_on_s3_serve_what_local_folders_do(
                 answers.append({name: ask(client, name, PROMPT, 8) for name in FEW})
         assert answers[0] == answers[1]
     assert Bundle.open(f"{s3_bucket}/out/bundles/{on_s3.manifest.bundle}").manifest.adapters.keys() == set(FEW)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "bucket", "error", "said"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "not-the-secret", None, StoreForbidden, "check AWS_SECRET_ACCESS_KEY"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", None, StoreUnreachable, "127.0.0.1:9.*check AWS_ENDPOINT_URL"),
+        ("AWS_REGION", "us-east-1", "s3://no-such-bucket", StoreMissing, "NoSuchBucket.*create the bucket"),
+    ],
+)
+def test_an_application_whose_store_cannot_be_used_is_refused_with_a_message_of_its_own(
+    s3_bucket: str,
+    base_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str,
+    bucket: str | None,
+    error: type[StoreError],
+    said: str,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(error, match=said):
+        build({"bundle": f"{bucket or s3_bucket}/out", "base": str(base_path)})

@@ -510,6 +510,15 @@ def test_a_store_that_ignores_conditional_writes_is_found_out(
     assert list(store.list()) == []
 
 
+def test_a_store_that_does_not_answer_is_waited_for_once(s3_bucket: str, proxy: S3Proxy) -> None:
+    """Not a second time, to remove the probe: a silent endpoint would take a job close to a minute to name."""
+    store = open_store(s3_bucket)
+    proxy.on_request = always(Action.DROP)
+    with pytest.raises(StoreUnreachable):
+        store.check_conditional_writes()
+    assert [method for method, _, _ in proxy.seen] == ["PUT"] * 3
+
+
 def test_lost_answers_do_not_make_a_store_unsafe(s3_bucket: str, proxy: S3Proxy) -> None:
     """Every conditional write is done once and answered on the second try only."""
     store = open_store(s3_bucket)

@@ -20,10 +20,12 @@ from serve_app.engine.kv_cache import KVCache
 class Batch:
     """Rows of any homes, and of none, side by side; all passes return logits (rows, V) in float32."""
 
-    def __init__(self, base: BaseModel, linears: AdaptedLinears, device: torch.device) -> None:
+    def __init__(
+        self, base: BaseModel, linears: AdaptedLinears, device: torch.device, max_rows: int, max_tokens: int
+    ) -> None:
         self.rows: list[Generation] = []
         self._model, self._linears, self._device = base.model, linears, device
-        self._cache = KVCache(base.num_layers)
+        self._cache = KVCache(base.num_layers, max_rows, max_tokens)
 
     def prefill(self, new: Sequence[Generation]) -> Tensor:
         """Take ``new`` in at the end and run their prompts, padded on the right: attention is causal, so

@@ -41,11 +41,12 @@ class KVCache(Cache):
 
     Prefilled rows see only themselves, so their keys are written and handed back as they came. No row is
     ever read by another sequence, and a row is zeroed when it leaves: nothing is shared between requests,
-    much less between served revisions.
+    much less between served revisions. It never holds more than ``max_rows`` rows of ``max_tokens`` tokens, which
+    is what placement counts on.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[_Layer() for _ in range(num_layers)])
+    def __init__(self, num_layers: int, max_rows: int, max_tokens: int) -> None:
+        super().__init__(layers=[_Layer(max_rows, max_tokens) for _ in range(num_layers)])
 
     def begin_prefill(self, first_row: int, num_rows: int, length: int) -> None:
         for layer in self.layers:
@@ -80,8 +81,9 @@ class _Layer(DynamicLayer):
     keys: Any
     values: Any
 
-    def __init__(self) -> None:
+    def __init__(self, max_rows: int, max_tokens: int) -> None:
         super().__init__()
+        self._max_rows, self._max_tokens = max_rows, max_tokens
         self.step: _Prefill | _Decode = _Prefill(0, 0, 0)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -115,8 +117,8 @@ class _Layer(DynamicLayer):
         rows_now, capacity_now = (0, 0) if self.keys is None else (self.keys.shape[0], self.keys.shape[2])
         if num_rows <= rows_now and length <= capacity_now:
             return
-        rows = max(rows_now, 1 << (num_rows - 1).bit_length())
-        capacity = max(capacity_now, -(-length // _BLOCK_TOKENS) * _BLOCK_TOKENS)
+        rows = max(rows_now, min(1 << (num_rows - 1).bit_length(), self._max_rows))
+        capacity = max(capacity_now, min(-(-length // _BLOCK_TOKENS) * _BLOCK_TOKENS, self._max_tokens))
         self.keys = _grown(self.keys, key_states, rows, capacity)
         self.values = _grown(self.values, value_states, rows, capacity)
 

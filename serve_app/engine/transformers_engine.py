@@ -115,7 +115,7 @@ class TransformersEngine:
         base = await asyncio.to_thread(self._load_base)
         self._reader = PromptReader(base.tokenizer, base.vocab_size, self._settings.max_model_len)
         self._linears = AdaptedLinears(base.model)
-        self._batch = Batch(base, self._linears, self._device)
+        self._batch = Batch(base, self._linears, self._device, self._settings.max_batch, self._settings.max_model_len)
         self._eos_ids = base.eos_ids
         self._eos_columns = sorted(token for token in base.eos_ids if token < base.vocab_size)
         self._end = None
