@@ -43,7 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"compress_jobs: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("compress_jobs: interrupted; nothing was published", file=sys.stderr)
+        print(
+            "compress_jobs: interrupted; nothing half-written is visible, and the same line goes on from here",
+            file=sys.stderr,
+        )
         return 130
 
 

@@ -52,10 +52,11 @@ def choose(job: Job) -> None:
 
 def confirm(job: Job) -> bool:
     """Whether the fit of all modules meets the target; where it does not, the next best choice is taken instead."""
-    if not job.asked.auto or not job.fits:
+    errors = [found.error for found in job.basis_errors().values()]
+    if not job.asked.auto or not errors:
         return True
     target = job.asked.target_error
-    error = float(np.mean([found.error for found in job.basis_errors().values()]))
+    error = float(np.mean(errors))
     now = next(choice for choice in job.weighed if is_chosen(choice, job))
     job.confirmed[now] = error
     if error <= target:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cluster.adapter import Factors
@@ -60,10 +61,13 @@ def export_adapter(bundle: Bundle, adapter_id: str, target: Path) -> int:
     for module, (A, B) in factors.items():
         name = f"base_model.model.{module}"
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = A.contiguous(), B.contiguous()
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     config = _peft_config(bundle.manifest.base.name, {module: A.shape[0] for module, (A, _) in factors.items()})
-    (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+        (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--to {target}: cannot be written ({error}); give another folder") from None
     return len(factors)
 
 

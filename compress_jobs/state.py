@@ -70,11 +70,12 @@ class Job:
         return np.asarray(self.clustered.labels)
 
     def basis_errors(self) -> dict[str, AdapterError]:
-        """Of every fitted adapter on its basis, before the gate."""
+        """Of every fitted adapter on its basis, before the gate; those that changed during the job have none."""
         modules = {module: errors for fit in self.fits for module, errors in fit.squared_errors.items()}
         return {
-            adapter_id: AdapterError.of(self.records_read[adapter_id], {m: errors[i] for m, errors in modules.items()})
+            adapter_id: AdapterError.of(self.records[adapter_id], {m: errors[i] for m, errors in modules.items()})
             for i, adapter_id in enumerate(self.fitted)
+            if adapter_id in self.records
         }
 
     @contextlib.contextmanager

@@ -58,8 +58,14 @@ def connect(options: RunOptions) -> None:
     """Join the Ray cluster that this runs on (``ray job submit`` names it in RAY_ADDRESS), or start one here."""
     # Ray warns about this default on every start otherwise.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"RAY_ADDRESS is {address!r}, and no Ray cluster that can be joined is there ({error}); "
+                "unset it to start one on this machine, or submit the job to the Ray cluster"
+            ) from None
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(

@@ -104,12 +104,15 @@ def _module_errors(job: Job) -> dict[str, float]:
     figures = {}
     for fit in job.fits:
         for module, errors in fit.squared_errors.items():
-            energies = [
-                places.energy if (places := job.records_read[adapter_id].modules.get(module)) else 0.0
-                for adapter_id in job.fitted
+            relative = [
+                errors[i] / places.energy
+                for i, adapter_id in enumerate(job.fitted)
+                if adapter_id in job.records
+                and (places := job.records[adapter_id].modules.get(module)) is not None
+                and places.energy > 0
             ]
-            relative = [error / energy for error, energy in zip(errors, energies, strict=True) if energy > 0]
-            figures[module] = math.fsum(relative) / len(relative)
+            if relative:
+                figures[module] = math.fsum(relative) / len(relative)
     return figures
 
 
@@ -121,7 +124,7 @@ def _tradeoff(job: Job, on_basis: dict[str, AdapterError]) -> list[dict[str, Any
     shape = collection_shape(job, compared)
     points = choose_svd(shape, [list(job.spectra[adapter_id].values()) for adapter_id in compared], 0.0)
     points += [choice for choice in job.weighed if choice.method != "svd"]
-    if job.fitted:
+    if on_basis:
         options = job.context.options
         size = collection_shape(job, job.fitted).joint_bytes(job.labels, int(options.rank), options.method == "jd-diag")
         error = math.fsum(found.error for found in on_basis.values()) / len(on_basis)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cluster.bundle import Bundle
-from cluster.errors import ConfigError
+from cluster.errors import BundleError, ConfigError
 from compress_jobs import job, tasks
 from compress_jobs.__main__ import main
 from tests.jobs import (
@@ -230,6 +230,34 @@ def test_an_adapter_replaced_during_the_job_is_named_and_the_others_are_served(
     # And the next run takes it in.
     monkeypatch.undo()
     assert set(run_job(adapters, base_path, tmp_path / "out", rank=16).manifest.adapters) == set(FEW)
+
+
+@pytest.mark.parametrize("changing", [("past",), ("city-country", "country-id", "past")], ids=["one", "all"])
+def test_modules_that_only_changed_adapters_touch_are_left_out_and_nothing_else(
+    base_path: Path,
+    zoo_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changing: tuple[str, ...],
+) -> None:
+    """Of these three only ``past`` has k_proj."""
+    adapters = copy_adapters(zoo_path, tmp_path / "adapters", ("city-country", "country-id", "past"))
+
+    def replace_then_cluster(running: job.Job) -> None:
+        for name in changing:
+            scale_factor_b(adapters / name, 2.0)
+        cluster(running)
+
+    cluster = job._cluster
+    monkeypatch.setattr(job, "_cluster", replace_then_cluster)
+    if len(changing) == 3:
+        with pytest.raises(BundleError, match="every adapter changed during the job"):
+            run_job(adapters, base_path, tmp_path / "out", rank=8)
+        assert not (tmp_path / "out" / "CURRENT").exists()
+        return
+    manifest = run_job(adapters, base_path, tmp_path / "out", rank=8).manifest
+    assert set(manifest.adapters) == {"city-country", "country-id"}
+    assert not any("k_proj" in module for module in manifest.modules)
 
 
 def test_of_two_jobs_racing_for_current_one_wins_and_the_other_says_so(
