@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.adapter import Factors
+from cluster.adapter import Factors, factored_energy
 from cluster.factors import stack_factors
 from cluster.jd import Basis, relative_errors
 from cluster.methods import METHODS
@@ -43,7 +43,7 @@ def project(
         found = Projection(cluster, {}, {})
         for module, stack in stacks.items():
             if f"{module}.U" not in basis:
-                found.squared_errors[module] = float(stack.norms[0].square())
+                found.squared_errors[module] = factored_energy(*factors[module])
                 continue
             stored = Basis(basis[f"{module}.U"].float(), basis[f"{module}.V"].float())
             unit = METHODS[method].cores(stack, stored)
