@@ -11,6 +11,7 @@ from cluster.bundle import Bundle, manifest_key, object_key
 from cluster.errors import StoreMissing
 from cluster.publish import missing_objects
 from cluster.store import open_store
+from compress_jobs import tasks
 from compress_jobs.__main__ import main
 from tests.jobs import copy_adapters, dense_error, dense_served, rewrite, scale_factor_b
 from tests.test_faults import assert_all_visible_revisions_are_whole
@@ -25,7 +26,18 @@ def test_all_commands_in_a_row_on_s3(
     zoo_path: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # One Ray for all of it, whose workers have the server's address in their environment.
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+    monkeypatch.setattr(tasks, "connect", lambda _: None)
+    try:
+        _walk(s3_bucket, base_path, zoo_path, tmp_path, capsys)
+    finally:
+        ray.shutdown()
+
+
+def _walk(s3_bucket: str, base_path: Path, zoo_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapters, base, out = (f"{s3_bucket}/{name}" for name in ("adapters", "base", "out"))
     local = copy_adapters(zoo_path, tmp_path / "adapters", ("number-en", "first-letter", "city-country", "country-fr"))
     upload(local, adapters)
@@ -53,8 +65,7 @@ def test_all_commands_in_a_row_on_s3(
             assert adapter.error == pytest.approx(dense, abs=1e-5), adapter_id
         assert_all_visible_revisions_are_whole(store)
 
-    with _ray_of_its_own():
-        call("run", *source, "--out", out, "--clusters", "2", "--rank", "8", "--num-cpus", "2")
+    call("run", *source, "--out", out, "--clusters", "2", "--rank", "8")
     first = Bundle.open(out).manifest
 
     copy_adapters(zoo_path, local, ("past", "roman"))
@@ -84,8 +95,7 @@ def test_all_commands_in_a_row_on_s3(
     assert "1 revisions" in call("gc", out, "--grace", "0s")
     assert_all_visible_revisions_are_whole(store)
 
-    with _ray_of_its_own():
-        printed = call("compact", out, *source, "--without", "number-en", "--num-cpus", "2")
+    printed = call("compact", out, *source, "--without", "number-en")
     assert "number-en: never read" in printed
     compacted = Bundle.open(out).manifest
     assert compacted.adapters.keys() == {"city-country", "country-fr", "past"}
@@ -98,13 +108,3 @@ def test_all_commands_in_a_row_on_s3(
     assert not missing_objects(store, compacted)
     assert {entry.key for entry in store.list("objects/")} == set(map(object_key, compacted.objects))
     assert_errors_are_dense()
-
-
-class _ray_of_its_own:  # noqa: N801
-    """The command connects by itself; it is ended here, for the next one connects again."""
-
-    def __enter__(self) -> None:
-        assert not ray.is_initialized()
-
-    def __exit__(self, *_: object) -> None:
-        ray.shutdown()
