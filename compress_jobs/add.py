@@ -6,6 +6,7 @@ import argparse
 import time
 from typing import Any
 
+from compress_jobs.newcomers import grade, read_collection
 from compress_jobs.revision import Standing, next_revision, open_current, publish_next
 from compress_jobs.source import Source, add_source_arguments, need_known, source_of
 
@@ -43,8 +44,6 @@ def add_adapters(source: Source) -> list[str]:
     Raises ConfigError for an unknown id, one that is there already, or another base; otherwise as ``grade`` and
     ``publish`` do. Nothing new is visible then.
     """
-    from compress_jobs.newcomers import grade, read_collection  # here: Ray comes with it, and --help needs none
-
     began, standing = time.monotonic(), open_current(source.out)
     served = standing.manifest.adapters
     base, folders = read_collection(source, standing.manifest)
@@ -63,8 +62,6 @@ def add_adapters(source: Source) -> list[str]:
 def update_adapters(source: Source) -> list[str]:
     """Publish a revision in which the adapters whose source has changed are what their source is now; returns what
     it did, in lines. Raises as ``add_adapters`` does."""
-    from compress_jobs.newcomers import grade, read_collection  # here: Ray comes with it, and --help needs none
-
     began, standing = time.monotonic(), open_current(source.out)
     served = standing.manifest.adapters
     base, folders = read_collection(source, standing.manifest)

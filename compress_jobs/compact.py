@@ -137,7 +137,7 @@ def refit_options(
     if method.target_error is not None:
         chosen["target_error"] = method.target_error
     if method.isolation is not None:
-        chosen["isolation"] = method.isolation
+        chosen["isolate"] = method.isolation
     return RunOptions(
         adapters=adapters,
         base=base,

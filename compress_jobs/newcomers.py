@@ -21,12 +21,12 @@ from cluster.errors import AdapterRefused, ConfigError, StoreForbidden, StoreMis
 from cluster.manifest import Manifest, Refused, tenant_of
 from cluster.methods import METHODS
 from cluster.store import open_store
-from compress_jobs.job import AdapterError
 from compress_jobs.progress import track
 from compress_jobs.projection import Projection, project
 from compress_jobs.revision import Arrival, Standing
 from compress_jobs.source import Source
 from compress_jobs.standalone import stand_alone
+from compress_jobs.state import AdapterError
 
 _AT_ONCE = 4
 """Adapters read and projected side by side; as many are held in memory."""

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from cluster.publish import publish, put_object
 from cluster.store import Store, open_store
 from compress_jobs.assemble import StandaloneAdapter
 from compress_jobs.projection import Projection
-
-if TYPE_CHECKING:  # job.py imports Ray, which most commands never need
-    from compress_jobs.job import AdapterError
+from compress_jobs.state import AdapterError
 
 
 @dataclass(frozen=True)
