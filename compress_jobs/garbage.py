@@ -10,6 +10,7 @@ what is visible is whole; and each thing is looked at once more right before it 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -30,6 +31,7 @@ which is counted. Ages are by the store's clock. With grace 0s make sure that no
 an old revision: a bundle that is deleted cannot be opened again when a replica restarts.
 """
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_SHA = re.compile(rb"sha256:[0-9a-f]{64}")
 _OBJECT = re.compile(r"objects/[0-9a-f]{64}\.safetensors")
 _REVISION = re.compile(
     r"bundles/(?P<bundle>b-[0-9a-f]{16})/revisions/(?P<revision>0|[1-9][0-9]*)/"
@@ -117,15 +119,20 @@ def collect(store: Store, grace_s: float, keep: int, dry_run: bool = False) -> C
             if not entry.key.endswith("manifest.json"):
                 delete("reports", entry)
     needed = {object_key(sha) for name in sorted(staying) for sha in _objects_of(store, name, current)}
+    for parts in _jobs(listed).values():
+        if max(entry.modified_s for entry in parts) < bounds.before_s:
+            for entry in parts:
+                delete("parts of jobs", entry)
+        else:
+            result.too_young += len(parts)
+            needed |= _objects_in(store, parts)
     for entry in listed:
-        if entry.key.startswith("work/"):
-            delete("parts of jobs", entry)
-        elif _OBJECT.fullmatch(entry.key):
+        if _OBJECT.fullmatch(entry.key):
             if entry.key in needed:
                 result.kept_objects += 1
             else:
                 delete("objects", entry)
-        elif entry.key != "CURRENT" and _REVISION.fullmatch(entry.key) is None:
+        elif entry.key != "CURRENT" and not entry.key.startswith("work/") and _REVISION.fullmatch(entry.key) is None:
             result.unknown += 1
     result.kept_revisions = len(staying)
     return result
@@ -161,6 +168,25 @@ def _objects_of(store: Store, name: Name, current: Name) -> Iterable[str]:
         if name == current:
             raise
         return ()  # another gc was faster
+
+
+def _jobs(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """What lies in ``work/``, by job. A job that was stopped and goes on takes up its old parts, and the objects that
+    they name, without writing them again: they are as young as the youngest."""
+    jobs: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.key.startswith("work/"):
+            jobs.setdefault(entry.key.split("/")[1], []).append(entry)
+    return jobs
+
+
+def _objects_in(store: Store, parts: Iterable[Entry]) -> set[str]:
+    named: set[str] = set()
+    for entry in parts:
+        if entry.key.endswith(".json"):
+            with contextlib.suppress(StoreMissing):  # the job is over, and has tidied up
+                named |= {object_key(sha.decode()) for sha in _SHA.findall(store.read(entry.key).data)}
+    return named
 
 
 def _deleter(store: Store, bounds: _Bounds, result: Collected, dry_run: bool) -> Callable[[str, Entry], bool]:

@@ -137,6 +137,25 @@ def test_another_bundle_stays_until_the_current_one_is_as_old_as_the_grace_age(
     assert_all_visible_revisions_are_whole(store)
 
 
+def test_a_job_that_goes_on_keeps_its_old_parts_and_the_objects_they_name(out: Path) -> None:
+    """It takes them up without writing them again."""
+    store, sha = open_store(str(out)), "a" * 64
+    old = {"work/0123/assembled.json": b'{"basis": {"sha": "sha256:%s"}}' % sha.encode(), "work/0123/fits/0": b""}
+    gone = {"work/4567/part.json": b"{}", "objects/" + "b" * 64 + ".safetensors": b"y"}
+    for key, data in {**old, **gone, f"objects/{sha}.safetensors": b"x"}.items():
+        store.write(key, data)
+    make_older(out, 2 * DAY_S)
+    os.utime(out / "CURRENT")  # moved by another job since
+    before = files(out)
+    store.write("work/0123/new", b"")
+    collect(store, DAY_S, keep=1)
+    assert before - files(out) == set(gone)
+    make_older(out, 2 * DAY_S)
+    os.utime(out / "CURRENT")
+    collect(store, DAY_S, keep=1)
+    assert not {key for key in files(out) if key.startswith("work/") or sha in key}
+
+
 def test_the_age_is_told_by_the_stores_clock(out: Path, written: tuple[Path, Path, Path]) -> None:
     """A store that is two days behind: what is 23 hours old there is old here, and stays."""
 

@@ -196,6 +196,25 @@ def test_a_module_without_a_basis_counts_as_lost(base_path: Path, zoo_path: Path
     assert any("v_proj" in module for module in manifest["modules"])
 
 
+def test_add_onto_diagonal_cores(base_path: Path, zoo_path: Path, tmp_path: Path, ray_for_jobs: None) -> None:
+    out, adapters = tmp_path / "out", copy_adapters(zoo_path, tmp_path / "adapters", ("number-en", "country-fr"))
+    run_job(adapters, base_path, out, clusters=1, rank=32, method="jd-diag", gate=0.9)
+    make_like(adapters / "country-fr", adapters / "like")
+    assert main(["add", str(out), "--adapters", str(adapters), "--base", str(base_path)]) == 0
+    manifest = Bundle.open(str(out)).manifest
+    like = manifest.adapters["like"]
+    assert (like.mode, like.added) == ("core", 1)
+    cluster = manifest.clusters[str(like.cluster)]
+    basis, cores = (load_file(out / object_key(sha)) for sha in (cluster.basis, cluster.cores))
+    served = {}
+    for module, core in cores.items():
+        U, s, V = (t.double().numpy() for t in (basis[f"{module}.U"], core[like.slot], basis[f"{module}.V"]))
+        assert s.ndim == 1
+        served[module] = U * s @ V.T
+    assert like.error == pytest.approx(dense_error(adapters / "like", served), abs=1e-5)
+    assert_served_names_the_tensors(out)
+
+
 def test_tenants_kept_apart_stay_apart(base_path: Path, zoo_path: Path, tmp_path: Path) -> None:
     """b's adapter is a's own, to the byte, and a's cluster holds it without loss: it must not get there."""
     out, store = tmp_path / "out", open_store(str(tmp_path / "out"))
