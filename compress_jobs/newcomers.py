@@ -67,7 +67,7 @@ def grade(source: Source, standing: Standing, base: BaseModel, folders: Collecti
     Raises AdapterRefused where adapters were asked for by id and none can be accepted.
     """
     manifest, collection = standing.manifest, open_store(source.adapters)
-    bases = _read_bases(standing) if folders else {}
+    bases = _read_bases(standing, {tenant_of(files.adapter_id) for files in folders}) if folders else {}
     graded = Graded({}, {}, ())
     unchanged, refusals = [], []
 
@@ -115,17 +115,21 @@ def _grade(
     return Arrival(record, alone, AdapterError.of(record, alone.squared_errors), basis_error)
 
 
-def _read_bases(standing: Standing) -> dict[str, tuple[str | None, dict[str, Tensor]]]:
-    """Cluster -> the tenant it is kept to (None: anybody), and its basis. All of them are held at once: a device
-    that serves the bundle holds them too. Method svd has no clusters."""
+def _read_bases(standing: Standing, tenants: Collection[str]) -> dict[str, tuple[str | None, dict[str, Tensor]]]:
+    """Cluster -> the tenant it is kept to (None: anybody), and its basis; where tenants are kept apart, those of
+    ``tenants`` only. All are held at once: a device that serves the bundle holds them too. Method svd has none."""
     manifest = standing.manifest
     if manifest.method.name not in METHODS:
         return {}
     apart = manifest.method.isolation == "tenant"
-    tenants = {a.cluster: tenant_of(i) if apart else None for i, a in manifest.adapters.items() if a.cluster}
+    owners = {adapter.cluster: tenant_of(i) for i, adapter in manifest.adapters.items() if adapter.cluster}
     return {
-        name: (tenants.get(name), read_object(standing.store, cluster.basis, f"cluster {name} of {manifest.bundle}"))
+        name: (
+            owners[name] if apart else None,
+            read_object(standing.store, cluster.basis, f"cluster {name} of {manifest.bundle}"),
+        )
         for name, cluster in manifest.clusters.items()
+        if not apart or owners.get(name) in tenants
     }
 
 
