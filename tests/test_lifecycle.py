@@ -23,8 +23,17 @@ from compress_jobs import revision, tasks
 from compress_jobs.__main__ import main
 from compress_jobs.compact import Drift
 from tests.bundles import write_bundle
-from tests.jobs import copy_adapters, current_manifest, dense_error, dense_served, object_bytes, rewrite, run_job
-from tests.jobs import scale_factor_b as scale
+from tests.jobs import (
+    copy_adapters,
+    current_manifest,
+    dense_error,
+    dense_modules,
+    dense_served,
+    object_bytes,
+    rewrite,
+    run_job,
+    scale_factor_b,
+)
 
 FITTED = ("number-en", "first-letter", "city-country", "country-fr")
 
@@ -154,8 +163,7 @@ def test_add_takes_the_cluster_that_captures_most(place: tuple[Path, Path], call
             basis = {n: t.double().numpy() for n, t in load_file(out / object_key(entry.basis)).items()}
             on_it = {}
             for module in {n[:-2] for n in basis}:
-                P_U, P_V = (basis[f"{module}.{s}"] @ np.linalg.pinv(basis[f"{module}.{s}"]) for s in "UV")
-                on_it[module] = (P_U, P_V)
+                on_it[module] = (basis[f"{module}.U"], basis[f"{module}.V"])
             lost[cluster] = _dense_loss(adapters / f"like-{name}", on_it)
         best = min(lost, key=lambda cluster: lost[cluster])
         adapter = manifest.adapters[f"like-{name}"]
@@ -168,11 +176,13 @@ def test_add_takes_the_cluster_that_captures_most(place: tuple[Path, Path], call
     assert taken == set(manifest.clusters)  # both were chosen by somebody: the choice is one
 
 
-def _dense_loss(adapter: Path, projectors: dict[str, tuple[np.ndarray, np.ndarray]]) -> float:
-    from tests.jobs import dense_modules
-
-    modules = dense_modules(adapter)
-    served = {m: projectors[m][0] @ M @ projectors[m][1] for m, M in modules.items() if m in projectors}
+def _dense_loss(adapter: Path, bases: dict[str, tuple[np.ndarray, np.ndarray]]) -> float:
+    """Of the best cores there are on these bases: M^ = U (U^+ M V^+T) V^T, whatever their columns are."""
+    modules, served = dense_modules(adapter), {}
+    for module, (U, V) in bases.items():
+        if module in modules:
+            core = np.linalg.pinv(U) @ modules[module] @ np.linalg.pinv(V).T
+            served[module] = U @ core @ V.T
     return dense_error(adapter, served)
 
 
@@ -331,7 +341,7 @@ def test_update_takes_up_what_has_changed_and_only_that(
     adapters, out = place
     before = Bundle.open(str(out)).manifest
     assert "nothing to update" in call("update")
-    scale(adapters / "city-country", -2.0)  # the same subspaces, another change
+    scale_factor_b(adapters / "city-country", -2.0)  # the same subspaces, another change
     rewrite(adapters / "country-fr", lora_alpha=1)  # the weights file is the same
     rewrite(adapters / "number-en", use_dora=True)
     printed = call("update")
