@@ -86,7 +86,7 @@ class Bundle:
     @staticmethod
     def open(address: str, revision: int | None = None) -> Bundle:
         """``address`` is ``<out>`` (its CURRENT revision) or ``<out>/bundles/<bundle_id>``, which pins the
-        bundle and takes ``revision`` or, without one, the newest.
+        bundle and takes ``revision``; without one CURRENT's, where CURRENT names this bundle, else the newest.
 
         Raises StoreMissing when nothing is published there, BundleError when it is not what it should be,
         ConfigError for a revision without its bundle.
@@ -99,7 +99,7 @@ class Bundle:
         store = open_store(pinned["out"] if pinned else address)
         if pinned:
             bundle = pinned["bundle"]
-            number = newest_revision(store, bundle) if revision is None else revision
+            number = _standing_revision(store, bundle) if revision is None else revision
         else:
             try:
                 current, _ = _parse_current(store, store.read("CURRENT"))
@@ -176,6 +176,17 @@ class Bundle:
             raise BundleError(
                 f"{where}: tensor {tensor_name} is {tensor.dtype} {tuple(tensor.shape)}, expected {expected}"
             )
+
+
+def _standing_revision(store: Store, bundle: str) -> int:
+    """What a bundle is opened at: were it the newest always, a rollback would mean nothing to who pins the bundle."""
+    try:
+        current = read_current(store)
+    except BundleError:  # a damaged CURRENT says nothing about this bundle
+        current = None
+    if current is not None and current[0].bundle == bundle:
+        return current[0].revision
+    return newest_revision(store, bundle)
 
 
 def newest_revision(store: Store, bundle: str) -> int:

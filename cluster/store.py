@@ -30,11 +30,16 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
 @dataclass(frozen=True)
 class Entry:
-    """An object without its content. ``key`` is relative to the store's uri."""
+    """An object without its content. ``key`` is relative to the store's uri.
+
+    ``modified_s``: when it was last written, in Unix seconds by the store's clock. S3 tells whole seconds only
+    (rounded down, so that ``list`` and ``head`` agree); in a folder the writer's host stamps its files.
+    """
 
     key: str
     size_bytes: int
     etag: str
+    modified_s: float
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,18 @@ class Store(ABC):
     @abstractmethod
     def delete(self, key: str) -> None:
         """Does nothing when there is no such object."""
+
+    def clock_s(self) -> float:
+        """What time it is for the store: ``modified_s`` of an object written for it under ``work/``, and removed.
+
+        Ages come from this clock alone; that of the machine asking may be hours off.
+        """
+        key = f"work/clock-{uuid4().hex}"
+        try:
+            self.write(key, b"")
+            return self.head(key).modified_s
+        finally:
+            self.delete(key)
 
     def check_conditional_writes(self) -> None:
         """Tries ``create`` and ``replace`` on an object of its own under ``work/``, which it removes again.

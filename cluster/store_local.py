@@ -40,7 +40,7 @@ class LocalStore(Store):
         with self._errors(key):
             info = os.stat(path)
             _check_regular(info)
-        return Entry(key, info.st_size, _etag(info))
+        return _entry(key, info)
 
     def read(self, key: str, *, if_match: str | None = None) -> Blob:
         with self._errors(key), self._opened(key, if_match) as (file, info):
@@ -117,7 +117,7 @@ class LocalStore(Store):
                 if f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
                     yield from self._walk(path, f"{key}/", prefix, (*above, (info.st_dev, info.st_ino)))
             elif stat.S_ISREG(item.st_mode) and key.startswith(prefix):
-                yield Entry(key, item.st_size, _etag(item))
+                yield _entry(key, item)
 
     @contextmanager
     def _opened(self, key: str, if_match: str | None) -> Iterator[tuple[BinaryIO, os.stat_result]]:
@@ -194,6 +194,10 @@ def _sync_folder(path: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _entry(key: str, info: os.stat_result) -> Entry:
+    return Entry(key, info.st_size, _etag(info), info.st_mtime_ns / 1e9)
 
 
 def _etag(info: os.stat_result) -> str:

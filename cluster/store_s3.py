@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -89,7 +90,7 @@ class S3Store(Store):
 
         def fetch() -> list[Entry]:
             return [
-                Entry(item["Key"].removeprefix(self._base), item["Size"], item["ETag"])
+                Entry(item["Key"].removeprefix(self._base), item["Size"], item["ETag"], _seconds(item["LastModified"]))
                 for page in pages.paginate(
                     Bucket=self._bucket, Prefix=self._base + prefix, PaginationConfig={"PageSize": PAGE_SIZE}
                 )
@@ -102,7 +103,7 @@ class S3Store(Store):
 
     def head(self, key: str) -> Entry:
         answer = self._call(key, lambda: self._client.head_object(Bucket=self._bucket, Key=self._full(key)))
-        return Entry(key, answer["ContentLength"], answer["ETag"])
+        return Entry(key, answer["ContentLength"], answer["ETag"], _seconds(answer["LastModified"]))
 
     def read(self, key: str, *, if_match: str | None = None) -> Blob:
         request = self._get_request(key, if_match)
@@ -237,6 +238,11 @@ def _code(error: BaseException | None) -> str:
 
 def _status(error: boto.ClientError) -> int:
     return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
+
+
+def _seconds(modified: datetime) -> float:
+    # A listing has milliseconds, an HTTP header has not: one object, one time.
+    return float(int(modified.timestamp()))
 
 
 def _read_body(body: StreamingBody) -> bytes:

@@ -7,9 +7,21 @@ import sys
 from typing import Any
 
 from cluster.errors import ConfigError, CtsError
-from compress_jobs import evaluate_command, export, options, plan, report, show
+from compress_jobs import (
+    add,
+    compact,
+    evaluate_command,
+    export,
+    garbage,
+    options,
+    plan,
+    remove,
+    report,
+    rollback,
+    show,
+)
 
-COMMANDS = (plan, show, report, export, evaluate_command)
+COMMANDS = (plan, show, report, export, evaluate_command, add, remove, rollback, compact, garbage)
 """Modules with ``add_parser(commands)``, which names the function to ``execute``; in the order of ``--help``."""
 
 _RUN = """\

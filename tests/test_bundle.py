@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -37,6 +38,7 @@ from cluster.manifest import (
 )
 from cluster.publish import missing_objects, move_current, publish, put_object
 from cluster.store import Store, open_store
+from cluster.store_local import LocalStore
 from tests.s3_proxy import Action, OnRequest, S3Proxy
 from tests.seaweed import S3Server
 
@@ -148,11 +150,14 @@ def test_diagonal_cores_are_read_back(local: Store) -> None:
 
 def test_publishing_the_same_again_writes_no_second_revision(local: Store) -> None:
     first = publish_new(local)
-    etags = {entry.key: entry.etag for entry in local.list() if "report" not in entry.key and entry.key != "CURRENT"}
+    content = {entry.key: local.read(entry.key).data for entry in local.list()}
     other_etags = {name: replace(adapter, etag="again") for name, adapter in first.adapters.items()}
     again = publish(local, replace(first, adapters=other_etags), b"{}", read_current(local)[1])  # type: ignore[index]
     assert again == first
-    assert etags.items() <= {entry.key: entry.etag for entry in local.list()}.items()
+    now = {entry.key: local.read(entry.key).data for entry in local.list()}
+    assert {key: data for key, data in now.items() if key != "CURRENT"} == {
+        key: data for key, data in content.items() if key != "CURRENT"
+    }
 
 
 def test_an_address_that_names_the_bundle_stays_with_it(out: str) -> None:
@@ -167,7 +172,8 @@ def test_an_address_that_names_the_bundle_stays_with_it(out: str) -> None:
     assert reopened.manifest == new
 
 
-def test_a_pinned_bundle_is_opened_at_its_newest_revision_or_the_one_asked_for(local: Store) -> None:
+def test_a_pinned_bundle_is_opened_at_currents_revision_of_it_or_the_one_asked_for(local: Store) -> None:
+    """CURRENT's where CURRENT names this bundle: a rollback holds for who pins the bundle. Else its newest."""
     first = publish_new(local)
     address = f"{local.uri}/bundles/{first.bundle}"
     for revision in (2, 10, 9):
@@ -176,13 +182,15 @@ def test_a_pinned_bundle_is_opened_at_its_newest_revision_or_the_one_asked_for(l
     local.write(f"bundles/{first.bundle}/revisions/11/report.json", b"{}")  # without a manifest it does not exist
     local.write(f"bundles/{first.bundle}/revisions/x/manifest.json", b"{}")
     assert newest_revision(local, first.bundle) == 10
-    assert Bundle.open(address).manifest.revision == 10
+    assert Bundle.open(address).manifest == first
     assert Bundle.open(address, 2).manifest == replace(first, revision=2, parent=0)
-    assert Bundle.open(local.uri).manifest == first  # CURRENT has not moved
+    assert Bundle.open(local.uri).manifest == first
     with pytest.raises(StoreMissing, match="revisions/11"):
         Bundle.open(address, 11)
     with pytest.raises(ConfigError, match="needs the bundle"):
         Bundle.open(local.uri, 2)
+    publish_new(local, seed=1)  # CURRENT is another bundle's
+    assert Bundle.open(address).manifest.revision == 10
 
 
 def test_what_was_never_published_is_missing_by_name(local: Store) -> None:
@@ -312,7 +320,7 @@ def test_a_moved_or_copied_manifest_is_refused(local: Store) -> None:
         with pytest.raises(BundleError, match=f"calls itself {manifest.bundle} revision 0"):
             read_manifest(local, bundle, revision)
     with pytest.raises(BundleError, match="cannot be moved or copied"):
-        Bundle.open(f"{local.uri}/bundles/{manifest.bundle}")  # the copy is its newest revision
+        Bundle.open(f"{local.uri}/bundles/{manifest.bundle}", 1)
 
 
 @pytest.mark.parametrize(
@@ -349,18 +357,20 @@ def test_a_current_that_leads_nowhere_is_missing(local: Store) -> None:
 # --- Publishing ---------------------------------------------------------------------------------------------
 
 
-def test_put_object_stores_once_under_the_hash_of_its_bytes(out: str) -> None:
+def test_put_object_stores_under_the_hash_of_its_bytes_and_makes_what_is_there_young_again(out: str) -> None:
     from hashlib import sha256
 
     store = open_store(out)
     tensors = tensors_of()["basis"]
     stored = put_object(store, tensors)
-    blob = store.read(object_key(stored.sha))
+    blob, before = store.read(object_key(stored.sha)), store.head(object_key(stored.sha))
     assert stored.sha == f"sha256:{sha256(blob.data).hexdigest()}"
     assert stored.size_bytes == len(blob.data)
     assert load_tensors(blob.data).keys() == tensors.keys()
+    time.sleep(1.1)  # S3 tells whole seconds
     assert put_object(store, dict(reversed(tensors.items()))) == stored
-    assert store.head(object_key(stored.sha)).etag == blob.etag  # not written again
+    assert store.head(object_key(stored.sha)).modified_s > before.modified_s
+    assert store.read(object_key(stored.sha)).data == blob.data
     assert [entry.key for entry in store.list()] == [object_key(stored.sha)]
 
 
@@ -460,6 +470,45 @@ def test_of_jobs_racing_for_current_exactly_one_wins(out: str, from_nothing: boo
                 assert winner.bundle in str(result)
 
 
+def child_of(manifest: Manifest, revision: int, error: float) -> Manifest:
+    """A later revision over the same objects, told apart by one figure."""
+    adapters = {**manifest.adapters, "one": replace(manifest.adapters["one"], error=error)}
+    return replace(manifest, revision=revision, parent=manifest.revision, adapters=adapters)
+
+
+def test_of_two_jobs_that_make_the_same_revision_one_wins_and_the_other_says_so(out: str) -> None:
+    store = open_store(out)
+    first = publish_new(store)
+    seen = read_current(store)
+    assert seen is not None
+    ours, theirs = child_of(first, 1, 0.2), child_of(first, 1, 0.3)
+    assert publish(store, theirs, b"{}", seen[1]) == theirs
+    with pytest.raises(PublishConflict, match=f"revision 1 of bundle {first.bundle} was published by another job"):
+        publish(store, ours, b"{}", seen[1])
+    assert Bundle.open(out).manifest == theirs
+    # The very same content is no conflict: what was to be published is.
+    assert publish(store, theirs, b"{}", seen[1]) == theirs
+
+
+def test_objects_that_vanish_while_publishing_leave_current_and_no_manifest(local: Store) -> None:
+    """A store in which another process deletes an object just after the manifest is written."""
+    first = publish_new(local)
+    seen = read_current(local)
+    assert seen is not None
+    second = store_objects(local, tensors_of(1))
+
+    class Vanishing(LocalStore):
+        def create(self, key: str, data: bytes) -> str:
+            etag = super().create(key, data)
+            super().delete(object_key(max(second.objects)))
+            return etag
+
+    with pytest.raises(BundleError, match=f"1 objects of {second.bundle} are missing, such as {max(second.objects)}"):
+        publish(Vanishing(local.uri), second, b"{}", seen[1])
+    assert Bundle.open(local.uri).manifest == first
+    assert not list(local.list(f"bundles/{second.bundle}/"))
+
+
 # --- Answers that get lost on the way -----------------------------------------------------------------------
 
 
@@ -491,6 +540,19 @@ def test_a_lost_answer_is_recognised_as_won(s3_bucket: str, proxy: S3Proxy, endi
     if ending == "CURRENT":
         puts = [action for method, path, action in proxy.seen if method == "PUT" and path.endswith("CURRENT")]
         assert puts == [Action.FORWARD_THEN_DROP, Action.FORWARD]
+
+
+def test_the_lost_answer_of_a_later_revision_is_recognised_as_our_own(s3_bucket: str, proxy: S3Proxy) -> None:
+    store = open_store(s3_bucket)
+    first = publish_new(store)
+    seen = read_current(store)
+    assert seen is not None
+    proxy.seen.clear()
+    proxy.on_request = _lose_first_put("manifest.json")
+    second = child_of(first, 1, 0.2)
+    assert publish(store, second, b"{}", seen[1]) == second
+    assert sum(action is Action.FORWARD_THEN_DROP for _, _, action in proxy.seen) == 1
+    assert Bundle.open(s3_bucket).manifest == second
 
 
 def test_a_lost_answer_after_which_another_job_won_is_a_conflict(

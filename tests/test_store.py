@@ -73,10 +73,22 @@ def test_write_list_head_and_read_agree_on_the_etag(store: Store) -> None:
     for key, data in {"small": b"x", "big": bytes(9 << 20)}.items():
         written = store.write(key, data)
         (listed,) = store.list(key)
-        assert listed == store.head(key) == Entry(key, len(data), written)
+        assert listed == store.head(key) == Entry(key, len(data), written, listed.modified_s)
         assert store.read(key) == Blob(data, written)
     assert store.create("created", b"y") == store.head("created").etag
     assert store.replace("small", b"z", if_match=store.head("small").etag) == store.head("small").etag
+
+
+def test_times_are_the_stores_own_and_a_rewrite_makes_an_object_young_again(store: Store) -> None:
+    """The same bytes, too. Against the store's clock, and that against this machine's, which is the server's here."""
+    store.write("key", b"same")
+    first = store.head("key").modified_s
+    assert abs(first - store.clock_s()) <= 5
+    assert abs(store.clock_s() - time.time()) <= 5
+    time.sleep(1.1)  # S3 tells whole seconds
+    store.write("key", b"same")
+    assert store.head("key").modified_s > first
+    assert [entry.key for entry in store.list()] == ["key"]  # the clock left nothing behind
 
 
 def test_list_yields_keys_by_string_prefix_in_code_point_order(store: Store) -> None:
