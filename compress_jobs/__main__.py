@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 from cluster.errors import ConfigError, CtsError
-from compress_jobs import evaluate_command, export, options, show
+from compress_jobs import evaluate_command, export, options, show, sweep_command
 
-COMMANDS = (show, export, evaluate_command)
+COMMANDS = (show, export, evaluate_command, sweep_command)
 """Modules with ``add_parser(commands)``, which names the function to ``execute``; in the order of ``--help``."""
 
 _RUN = """\
