@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from cluster.adapter import Factors
 from cluster.errors import ConfigError
 from compress_jobs.collection import Adapters
 from compress_jobs.metrics import Relative, Score, score
@@ -32,9 +33,12 @@ class Examiner:
     def examine(self, adapters: Adapters) -> dict[str, Score]:
         """Adapter id -> its score, of those that have a task. ``adapters``: the factors of any variant."""
         return {
-            adapter_id: score(task, self._scorer.answer(task, adapters[adapter_id]), self._uncompressed[adapter_id])
+            adapter_id: self._score(task, adapters[adapter_id], self._uncompressed[adapter_id])
             for adapter_id, task in self._tasks.items()
         }
+
+    def _score(self, task: Task, factors: Mapping[str, Factors], uncompressed: Answers) -> Score:
+        return score(task, self._scorer.answer(task, factors, drafts=uncompressed.texts), uncompressed)
 
     def relative(self, scores: Mapping[str, Score]) -> dict[str, Relative]:
         return {

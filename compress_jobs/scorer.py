@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from cluster.adapter import Factors
 from cluster.errors import ConfigError
 
-MAX_NEW_TOKENS = 16  # or as many as the task's longest answer has
+MAX_NEW_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -73,41 +73,54 @@ class Scorer:
         end = self.model.generation_config.eos_token_id
         self._ends = set(end if isinstance(end, list) else [end])
 
-    def answer(self, task: Task, factors: Mapping[str, Factors]) -> Answers:
-        """Loss, exact matches and greedy outputs of all rows; ``factors`` empty is the base alone."""
-        answers = [self.tokenizer(f" {y}\n").input_ids for _, y in task.rows]
-        loss, exact = self.force(task, factors)
-        max_tokens = max(MAX_NEW_TOKENS, *map(len, answers))
-        # Where teacher forcing has found an exact match, greedy decoding gives the answer: nothing to generate.
-        texts = [self._text(answer) for answer in answers]
-        wrong = [row for row, hit in enumerate(exact) if not hit]
-        generated = self.generate([task.prompt(task.rows[row][0]) for row in wrong], factors, max_tokens)
-        for row, text in zip(wrong, generated, strict=True):
-            texts[row] = text
-        return Answers(loss, exact, tuple(texts))
+    def answer(self, task: Task, factors: Mapping[str, Factors], drafts: Sequence[str] = ()) -> Answers:
+        """Loss, exact matches and greedy outputs of all rows; ``factors`` empty is the base alone.
 
-    def force(self, task: Task, factors: Mapping[str, Factors]) -> tuple[float, tuple[bool, ...]]:
-        """Teacher forcing, all rows in one batch padded on the right: ``loss`` and ``exact`` of Answers."""
-        prompts = [self.tokenizer(task.prompt(x)).input_ids for x, _ in task.rows]
-        answers = [self.tokenizer(f" {y}\n").input_ids for _, y in task.rows]
-        length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+        ``drafts``: outputs that are likely, one a row, of another variant; they change the cost, not the answers.
+        """
+        prompts = [task.prompt(x) for x, _ in task.rows]
+        answers = [f" {y}\n" for _, y in task.rows]
+        # Teacher forcing tells for one forward pass whether a text is the greedy output; few are left to generate.
+        drafted = {row: f"{draft}\n" for row, draft in enumerate(drafts) if f"{draft}\n" != answers[row]}
+        losses, exact = self.force(
+            prompts + [prompts[row] for row in drafted], answers + list(drafted.values()), factors
+        )
+        losses, exact, draft_exact = losses[: len(answers)], exact[: len(answers)], exact[len(answers) :]
+        known = {row: answers[row] for row, hit in enumerate(exact) if hit}
+        known |= {row: draft for (row, draft), hit in zip(drafted.items(), draft_exact, strict=True) if hit}
+        unknown = [row for row in range(len(answers)) if row not in known]
+        generated = self.generate([prompts[row] for row in unknown], factors)
+        known |= dict(zip(unknown, generated, strict=True))
+        texts = tuple(known[row].split("\n", 1)[0] for row in range(len(answers)))
+        return Answers(float(torch.cat(losses).mean()), exact, texts)
+
+    def force(
+        self, prompts: Sequence[str], texts: Sequence[str], factors: Mapping[str, Factors]
+    ) -> tuple[list[Tensor], tuple[bool, ...]]:
+        """Teacher forcing, one batch padded on the right. A row's losses by token of its text (float64), and whether
+        the text is what greedy decoding gives (every token of it is the most likely one)."""
+        encoded = [self.tokenizer(prompt).input_ids for prompt in prompts]
+        wanted = [self.tokenizer(text).input_ids for text in texts]
+        length = max(len(prompt) + len(text) for prompt, text in zip(encoded, wanted, strict=True))
         ids = torch.zeros(len(prompts), length, dtype=torch.long)
-        targets = torch.full_like(ids, -1)
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        scored = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, (prompt, text) in enumerate(zip(encoded, wanted, strict=True)):
+            ids[row, : len(prompt) + len(text)] = torch.tensor(prompt + text)
             # Position p predicts token p + 1.
-            targets[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = torch.tensor(answer)
-        wanted = targets >= 0
+            scored[row, len(prompt) - 1 : len(prompt) + len(text) - 1] = True
+        targets = torch.tensor([token for text in wanted for token in text])
         with torch.inference_mode(), _adapted(self.model, factors):
             hidden = self.model.model(ids, use_cache=False).last_hidden_state
-            # The product with the vocabulary is the larger part: only where an answer stands.
-            logits = self.model.lm_head(hidden[wanted]).float()
-        losses = torch.nn.functional.cross_entropy(logits, targets[wanted], reduction="none")
-        wrong = torch.zeros(wanted.shape, dtype=torch.bool)
-        wrong[wanted] = logits.argmax(1) != targets[wanted]
-        return float(losses.double().mean()), tuple((~wrong.any(1)).tolist())
+            # The product with the vocabulary is the larger part: only where a text stands.
+            logits = self.model.lm_head(hidden[scored])
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
+        lengths = [len(text) for text in wanted]
+        hits = torch.split(logits.argmax(1) == targets, lengths)
+        return list(torch.split(losses, lengths)), tuple(bool(row.all()) for row in hits)
 
-    def generate(self, prompts: Sequence[str], factors: Mapping[str, Factors], max_tokens: int) -> list[str]:
+    def generate(
+        self, prompts: Sequence[str], factors: Mapping[str, Factors], max_tokens: int = MAX_NEW_TOKENS
+    ) -> list[str]:
         """Greedy outputs up to the newline, the end token or ``max_tokens``: one batch, padded on the left."""
         if not prompts:
             return []
