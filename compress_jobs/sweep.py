@@ -94,10 +94,8 @@ def settings(methods: Sequence[str], ranks: Sequence[int], clusters: Sequence[in
 
 
 def sweep(collection: Collection, examiner: Examiner, chosen: Sequence[Setting], seed: int) -> Iterator[Row]:
-    """A row a setting, as soon as it is measured. Deterministic in its arguments."""
-    most = max((setting.clusters or 1 for setting in chosen), default=1)
-    if most > len(collection.adapters):
-        raise ConfigError(f"--clusters {most}: more than the {len(collection.adapters)} adapters")
+    """A row a setting, as soon as it is measured. Deterministic in its arguments; no setting may have more clusters
+    than there are adapters."""
     for setting in chosen:
         if setting.clusters is None:
             compressed = truncate_to_rank(collection.adapters, setting.rank)

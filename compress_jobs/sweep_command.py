@@ -65,6 +65,8 @@ def _sweep(parsed: argparse.Namespace) -> int:
     tasks = read_tasks(parsed.tasks, parsed.rows)
     results = _Results(parsed)
     collection = read_collection(parsed.adapters, parsed.base)
+    if max(parsed.clusters) > len(collection.adapters):
+        raise ConfigError(f"--clusters {max(parsed.clusters)}: more than the {len(collection.adapters)} adapters")
     say(f"{len(collection.adapters)} adapters, {len(chosen)} settings; first the base and the uncompressed adapters")
     examiner = Examiner(Scorer(parsed.base), collection.adapters, tasks)
     results.write(_references(examiner, collection.size_bytes))
