@@ -64,6 +64,14 @@ class Answers:
     texts: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Forced:
+    """What teacher forcing alone tells: ``loss`` as in Answers, and the share of rows that are exact."""
+
+    loss: float
+    exact_match: float
+
+
 class Scorer:
     """The base model in float32. ``base`` is a local folder."""
 
@@ -72,6 +80,11 @@ class Scorer:
         self.model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         end = self.model.generation_config.eos_token_id
         self._ends = set(end if isinstance(end, list) else [end])
+
+    def score(self, task: Task, factors: Mapping[str, Factors]) -> Forced:
+        """Loss and exact match without generating anything."""
+        losses, exact = self.force([task.prompt(x) for x, _ in task.rows], [f" {y}\n" for _, y in task.rows], factors)
+        return Forced(float(torch.cat(losses).mean()), sum(exact) / len(exact))
 
     def answer(self, task: Task, factors: Mapping[str, Factors], drafts: Sequence[str] = ()) -> Answers:
         """Loss, exact matches and greedy outputs of all rows; ``factors`` empty is the base alone.

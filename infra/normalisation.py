@@ -47,12 +47,7 @@ def by_adapter(collection: Collection) -> JointMethod:
 
 def losses(scorer: Scorer, tasks: dict[str, Task], adapters: Adapters) -> dict[str, float]:
     """Held-out loss of every adapter that has a task, nats a token."""
-    found = {}
-    for adapter_id in sorted(set(adapters) & set(tasks)):
-        task = tasks[adapter_id]
-        prompts, answers = [task.prompt(x) for x, _ in task.rows], [f" {y}\n" for _, y in task.rows]
-        found[adapter_id] = float(torch.cat(scorer.force(prompts, answers, adapters[adapter_id])[0]).mean())
-    return found
+    return {i: scorer.score(tasks[i], adapters[i]).loss for i in sorted(set(adapters) & set(tasks))}
 
 
 def mean(values: dict[str, float]) -> float:

@@ -165,12 +165,8 @@ def test_a_sweep_measures_every_setting_and_leaves_its_rows_as_data(
             assert figure["mean"] == pytest.approx(1, abs=0.02)
             assert figure["num_adapters"] == 3
     for name in NAMES:
-        losses, _ = scorer.force(
-            [tasks[name].prompt(x) for x, _ in tasks[name].rows],
-            [f" {y}\n" for _, y in tasks[name].rows],
-            collection.adapters[name],
-        )
-        assert references["uncompressed"][name]["loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
+        loss = scorer.score(tasks[name], collection.adapters[name]).loss
+        assert references["uncompressed"][name]["loss"] == pytest.approx(loss, abs=1e-5)
         assert references["uncompressed"][name]["agreement"] == 1
         assert references["base"][name]["loss"] > references["uncompressed"][name]["loss"]
     assert curves["curves"]["joint"]["rouge_l"]["bins"][0]["num_points"] == 3
