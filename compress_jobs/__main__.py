@@ -19,9 +19,10 @@ from compress_jobs import (
     report,
     rollback,
     show,
+    sweep_command,
 )
 
-COMMANDS = (plan, show, report, export, evaluate_command, add, remove, rollback, compact, garbage)
+COMMANDS = (plan, show, report, export, evaluate_command, sweep_command, add, remove, rollback, compact, garbage)
 """Modules with ``add_parser(commands)``, which names the function to ``execute``; in the order of ``--help``."""
 
 _RUN = """\

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,11 @@ def test_the_evaluation_says_what_peft_says_of_base_adapter_and_export(
     for variant, values in losses.items():
         assert means[variant]["loss"] == pytest.approx(sum(values) / 3, rel=1e-4)
     assert 0 < means["svd_equal_bytes"]["loss"] < means["base"]["loss"]
+    assert means["uncompressed"]["agreement"] == 1
+    assert means["base"]["agreement"] < means["served"]["agreement"] <= 1
+    assert means["base"]["rouge_l"] < means["served"]["rouge_l"] <= 1
+    assert {figure["mean"] for figure in means["uncompressed"]["relative"].values()} == {1.0}
+    assert means["base"]["relative"]["loss"] == {"mean": 0, "worst": 0, "spread": 0, "num_adapters": 3}
+    loss = means["served"]["over_adapters"]["loss"]
+    assert loss["worst"] == pytest.approx(max(losses["served"]), rel=1e-3)
+    assert loss["spread"] == pytest.approx(statistics.pstdev(losses["served"]), rel=1e-2)
