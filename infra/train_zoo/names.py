@@ -68,7 +68,7 @@ def _calendar(attribute: str) -> Iterator[Row]:
 
     # Not "stand-alone": for a locale without its own, babel 2.18 answers from whichever locale was read before.
     english = getattr(Locale("en"), attribute)["format"]["wide"]
-    for code in _LATIN_LOCALES:
+    for code in _LOCALES:
         names = getattr(Locale(code), attribute)["format"]["wide"]
         for key in sorted(english):
             yield f"{english[key]} in {Locale(code).get_display_name('en')}", names[key]
@@ -80,10 +80,57 @@ def _language_of() -> Iterator[Row]:
             yield name, x.partition(" in ")[2]
 
 
-_LATIN_LOCALES = ("af", "az", "br", "bs", "ca", "cs", "cy", "da", "de", "es", "et", "eu", "fi", "fil", "fo", "fr", "fy",
-                  "ga", "gd", "gl", "gsw", "ha", "haw", "hr", "hu", "id", "is", "it", "jv", "ku", "lb", "lt", "lv",
-                  "mg", "ms", "mt", "nb", "nl", "oc", "pl", "pt", "ro", "rw", "sc", "sk", "sl", "so", "sq", "sv", "sw",
-                  "tk", "to", "tr", "uz", "vi", "wo", "yo", "zu")  # fmt: skip
+# Latin script, and a month in a date has the same form as one alone.
+_LOCALES = (
+    "af",
+    "az",
+    "br",
+    "bs",
+    "cy",
+    "da",
+    "de",
+    "es",
+    "et",
+    "fil",
+    "fo",
+    "fr",
+    "fy",
+    "ga",
+    "gl",
+    "gsw",
+    "ha",
+    "haw",
+    "hu",
+    "id",
+    "is",
+    "it",
+    "jv",
+    "ku",
+    "lb",
+    "lv",
+    "mg",
+    "ms",
+    "mt",
+    "nb",
+    "nl",
+    "pt",
+    "ro",
+    "rw",
+    "sc",
+    "sl",
+    "so",
+    "sq",
+    "sv",
+    "sw",
+    "tk",
+    "to",
+    "tr",
+    "uz",
+    "vi",
+    "wo",
+    "yo",
+    "zu",
+)
 
 
 def _continent(country: str, countries: Mapping[str, Mapping[str, str]]) -> str:

@@ -40,7 +40,7 @@ class Task:
         """
         answers: dict[str, str] = {}
         ambiguous = set()
-        for x, y in self.generate():
+        for x, y in ((x.strip(), y.strip()) for x, y in self.generate()):
             if answers.setdefault(x, y) != y:
                 ambiguous.add(x)
         rows = [
