@@ -117,7 +117,9 @@ def _with_lora(model: Any, plan: AdapterPlan) -> Any:
 
 def _tokens(tokenizer: Any, task: Task, rows: Sequence[Row]) -> list[tuple[list[int], list[int]]]:
     """Prompt and answer are tokenised apart, as compress_jobs.evaluate does."""
-    return [(tokenizer(task.prompt(x)).input_ids, tokenizer(f" {y}\n").input_ids) for x, y in rows]
+    prompts = tokenizer([task.prompt(x) for x, _ in rows]).input_ids
+    answers = tokenizer([f" {y}\n" for _, y in rows]).input_ids
+    return list(zip(prompts, answers, strict=True))
 
 
 def _train(plan: AdapterPlan, tuned: Any, pairs: Sequence[tuple[list[int], list[int]]], device: torch.device) -> None:
