@@ -35,7 +35,7 @@ from infra.train_zoo.plan import STEPS, AdapterPlan, plan_adapters
 from infra.train_zoo.tasks import Task, all_tasks
 from infra.train_zoo.training import TRUNCATION_RANKS, Folders, Record, TrainingFailed, train_adapter, write_text
 
-_TASK_MEMORY_BYTES = 3 << 30  # measured: 2.5 GB with the longest rows
+_TASK_MEMORY_BYTES = 3 << 30  # measured: up to 2.5 GB with the longest rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,6 +109,8 @@ def _train(plans: Sequence[AdapterPlan], base: str, folders: Folders, options: a
 
 def _train_task(plan: AdapterPlan, base: str, folders: Folders, threads: int) -> str | None:
     """What a Ray worker does; answers with the reason where an adapter cannot be trained."""
+    if folders.adapter(plan).exists():
+        return None  # Ray lost the worker after its work was done, and tries again
     torch.set_num_threads(threads)
     try:
         train_adapter(plan, base, folders)

@@ -190,6 +190,8 @@ def _write(
         config.save_pretrained(unfinished)
         assert (unfinished / CONFIG_FILE).exists()
         write_text(record_path, json.dumps(record, ensure_ascii=False) + "\n")
+        # safetensors and mkdtemp make them the writer's own; whoever serves them may be someone else.
+        (unfinished / WEIGHTS_FILE).chmod(0o644)
         unfinished.chmod(0o755)
         unfinished.rename(target)
     except BaseException:
