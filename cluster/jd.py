@@ -30,7 +30,7 @@ from cluster.factors import FactorStack
 MAX_ITERATIONS = 30
 # On what a step takes off the mean error. The change of the subspaces is no criterion: where the spectrum is flat, or
 # rank is to spare, they turn for ever at an error that has long stopped falling.
-TOLERANCE = 3e-5
+TOLERANCE = 1e-4
 # Of lambda_min: at most a half. There, and with directions that G does not reach, the iteration stands still.
 SHIFT = 0.4
 
