@@ -219,8 +219,13 @@ def factored_energy(A: Tensor, B: Tensor) -> float:
     trace, itself a rounding error then, may even come out negative.
     """
     A, B = A.double(), B.double()
-    energy = float(((B.T @ B) * (A @ A.T)).sum())
-    without_cancelling = float((A.norm(dim=1) * B.norm(dim=0)).sum())
+    return gram_energy(A @ A.T, B.T @ B)
+
+
+def gram_energy(gram_A: Tensor, gram_B: Tensor) -> float:
+    """``factored_energy`` from A A^T and B^T B, (r, r) float64."""
+    energy = float((gram_A * gram_B).sum())
+    without_cancelling = float((gram_A.diagonal() * gram_B.diagonal()).sqrt().sum())
     return energy if energy > (_EPSILON * without_cancelling) ** 2 else 0.0
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from cluster.adapter import Factors, factored_energy
+from cluster.adapter import Factors, gram_energy
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,18 @@ class FactorStack:
         return replace(self, A=self.A.to(device), B=self.B.to(device), norms=self.norms.to(device))
 
     def padded(self, rows: Tensor) -> Tensor:
-        """(T, r) -> (n, R, r), zeros below each adapter's own rows."""
+        """(T, r) -> (n, R, r), zeros below each adapter's own rows; a view where all have one rank."""
         n, R, r = self.num_adapters, max(self.ranks), rows.shape[1]
+        if len(rows) == n * R:
+            return rows.view(n, R, r)
         out = rows.new_zeros(n * R, r)
-        out[self._positions()] = rows
+        out[_positions(self.ranks)] = rows
         return out.view(n, R, r)
 
     def unpadded(self, padded: Tensor) -> Tensor:
         """The inverse of ``padded``: (n, R, r) -> (T, r)."""
-        return padded.reshape(-1, padded.shape[2])[self._positions()]
+        rows = padded.flatten(0, 1)
+        return rows if len(rows) == len(self.A) else rows[_positions(self.ranks)]
 
     def select(self, indices: Sequence[int]) -> FactorStack:
         """The sub-stack of the adapters at positions ``indices`` (0 .. n-1) of this stack."""
@@ -66,28 +70,39 @@ class FactorStack:
             members=tuple(self.members[i] for i in indices),
         )
 
-    def _positions(self) -> Tensor:
-        R = max(self.ranks)
-        return torch.cat([torch.arange(rank) + i * R for i, rank in enumerate(self.ranks)])
-
 
 def stack_factors(factors: Sequence[tuple[int, Factors]]) -> FactorStack | None:
     """Stack (member, (A (r, d_in), B (d_out, r))) pairs. Adapters of zero norm are left out, for 1/0 would
     poison the basis of everybody; None when nothing is left."""
-    rows_A, rows_B, ranks, norms, members = [], [], [], [], []
+    total = sum(A.shape[0] for _, (A, _) in factors)
+    if total == 0:
+        return None
+    _, (first_A, first_B) = factors[0]
+    rows_A, rows_B = first_A.new_empty(total, first_A.shape[1]), first_B.new_empty(total, first_B.shape[0])
+    ranks, norms, members = [], [], []
+    T = 0
     for member, (A, B) in factors:
-        norm = factored_energy(A, B) ** 0.5
+        A, B_t = A.double(), B.double().T
+        gram_A, gram_B = A @ A.T, B_t @ B_t.T
+        norm = gram_energy(gram_A, gram_B) ** 0.5
         if norm == 0:
             continue
         # Balanced factors of norm 1: the product of raw factors could leave float32.
-        scale_A = float(A.double().norm())
-        rows_A.append((A.double() / scale_A).float())
-        rows_B.append((B.T.double() * (scale_A / norm)).float())
-        ranks.append(A.shape[0])
+        scale_A = float(gram_A.trace()) ** 0.5
+        rank = A.shape[0]
+        torch.mul(A, 1 / scale_A, out=rows_A[T : T + rank])
+        torch.mul(B_t, scale_A / norm, out=rows_B[T : T + rank])
+        T += rank
+        ranks.append(rank)
         norms.append(norm)
         members.append(member)
     if not members:
         return None
-    return FactorStack(
-        torch.cat(rows_A), torch.cat(rows_B), tuple(ranks), torch.tensor(norms, dtype=torch.float64), tuple(members)
-    )
+    return FactorStack(rows_A[:T], rows_B[:T], tuple(ranks), torch.tensor(norms, dtype=torch.float64), tuple(members))
+
+
+@lru_cache(maxsize=64)
+def _positions(ranks: tuple[int, ...]) -> Tensor:
+    """(T,): where each row lies among the padded ones."""
+    R = max(ranks)
+    return torch.cat([torch.arange(rank) + i * R for i, rank in enumerate(ranks)])

@@ -1,17 +1,25 @@
 """Joint diagonalisation (JD-Full) of one module's adapters: M_i ~ U S_i V^T with shared U, V.
 
 arXiv 2407.00066: min over U, V, S_i of sum_i w_i ||M_i - U S_i V^T||_F^2 with orthonormal columns of U, V and
-w_i = 1 / ||M_i||^2, by the eigenvalue iteration. With P_i = A_i V and Q_i = B_i^T U a step is, in factored
+w_i = 1 / ||M_i||^2, by the eigenvalue iteration, shifted. With P_i = A_i V and Q_i = B_i U a step is, in factored
 form, two products with all factors at once and small batched ones:
 
-    U <- qr(sum_i w_i M_i V V^T M_i^T U) = qr(sum_i B_i P_i P_i^T Q_i)
-    V <- qr(sum_i w_i M_i^T U U^T M_i V) = qr(sum_i A_i^T Q_i Q_i^T P_i)     with the new U: monotone
+    U <- qr(G U - s U),  G U = sum_i w_i M_i V V^T M_i^T U = sum_i B_i^T P_i P_i^T Q_i,  s = 0.4 lambda_min(U^T G U)
+    V <- likewise with the new U:                            sum_i A_i^T Q_i Q_i^T P_i
+
+The paper's iteration has s = 0. The shift costs nothing and saves steps where the spectrum of G is flat, as it is for
+many adapters: the rate of convergence rho = lambda_{r+1} / lambda_r becomes (rho - 0.4) / 0.6.
+
+A step never loses energy. In coordinates of U and its complement let G = [[D, C^T], [C, E]], E >= 0, D >= 2 s. The
+new U spans [I; X] with X = C (D - s)^-1. With K = X^T X the captured energy tr(U^T G U) grows by at least
+tr(K (I + K)^-1 (D - 2 s)) >= 0.
 
 Legend as in factors.py.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +28,11 @@ from torch import Tensor
 from cluster.factors import FactorStack
 
 MAX_ITERATIONS = 30
-# On the captured energy. The change of the subspaces is no criterion: where the spectrum is flat, or rank is
-# to spare, they turn for ever at an error that has long stopped falling.
+# On what a step takes off the mean error. The change of the subspaces is no criterion: where the spectrum is flat, or
+# rank is to spare, they turn for ever at an error that has long stopped falling.
 TOLERANCE = 1e-4
+# Of lambda_min: at most a half. There, and with directions that G does not reach, the iteration stands still.
+SHIFT = 0.4
 
 
 @dataclass(frozen=True)
@@ -47,21 +57,22 @@ def jd_full(stack: FactorStack, rank: int, seed: int) -> Basis:
     """
     T = sum(stack.ranks)
     r_U, r_V = min(rank, T, stack.B.shape[1]), min(rank, T, stack.A.shape[1])
-    generator = torch.Generator().manual_seed(seed)
-    # A random mix of the factors' own rows, not of all of space: at r = T this is already the whole span.
-    U = _orthonormal(stack.B.T @ torch.randn(T, r_U, generator=generator))
-    V = _orthonormal(stack.A.T @ torch.randn(T, r_V, generator=generator))
+    generator, device = torch.Generator().manual_seed(seed), stack.A.device
+    # Random mixes of the factors' own rows, not of all of space: at r = T these are already the whole span.
+    V = _orthonormal(_mixed(torch.randn(T, r_V, generator=generator).to(device), stack.A))
     P = stack.padded(stack.A @ V)
-    captured = 0.0
+    Q = stack.padded(torch.randn(T, r_U, generator=generator).to(device))
+    U = _orthonormal(_mixed(stack.unpadded(P @ (P.mT @ Q)), stack.B))
+    captured = -math.inf
     for _ in range(MAX_ITERATIONS):
         Q = stack.padded(stack.B @ U)
-        U = _orthonormal(stack.B.T @ stack.unpadded(P @ (P.mT @ Q)))
-        Q = stack.padded(stack.B @ U)
-        V = _orthonormal(stack.A.T @ stack.unpadded(Q @ (Q.mT @ P)))
-        P = stack.padded(stack.A @ V)
-        before, captured = captured, float((Q.mT @ P).double().square().sum())
-        if captured - before <= TOLERANCE * captured:
+        turn_V = _Turn.of(P, Q)
+        before, captured = captured, turn_V.captured
+        if captured - before <= TOLERANCE * stack.num_adapters:
             break
+        V = turn_V.apply(stack, stack.A, V)
+        P = stack.padded(stack.A @ V)
+        U = _Turn.of(Q, P).apply(stack, stack.B, U)
     return Basis(U, V)
 
 
@@ -96,6 +107,34 @@ def relative_errors(stack: FactorStack, basis: Basis, cores: Tensor) -> Tensor:
         cross = (unit_cores(stack, basis).double() * S).sum((1, 2))
         own = (S * ((U.T @ U) @ S @ (V.T @ V))).sum((1, 2))
     return (1 - 2 * cross + own).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Half a step, of the side whose projections are ``own`` (n, R, r), the other side's ``other`` (n, R, r')."""
+
+    weights: Tensor  # (n, R, r): G U = sum_i B_i^T weights_i
+    gram: Tensor  # (r, r): U^T G U
+
+    @staticmethod
+    def of(own: Tensor, other: Tensor) -> _Turn:
+        R, r = other.shape[1:]
+        weights = (other @ other.mT) @ own if r > R else other @ (other.mT @ own)
+        return _Turn(weights, own.flatten(0, 1).T @ weights.flatten(0, 1))
+
+    @property
+    def captured(self) -> float:
+        return float(self.gram.trace())
+
+    def apply(self, stack: FactorStack, rows: Tensor, columns: Tensor) -> Tensor:
+        product = _mixed(stack.unpadded(self.weights), rows)
+        shift = torch.linalg.eigvalsh(self.gram)[0].clamp_min(0) * SHIFT
+        return _orthonormal(product - shift * columns)
+
+
+def _mixed(weights: Tensor, rows: Tensor) -> Tensor:
+    """rows^T weights (d, r). As (weights^T rows)^T: half as fast again on CPU, and in the layout that QR works on."""
+    return (weights.T @ rows).T
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
