@@ -1,4 +1,4 @@
-"""Train a collection of real LoRA adapters, one Ray task each: harder to compress than lightly trained ones.
+"""Train a collection of real LoRA adapters, one Ray task each: many tasks, data subsets, seeds and step counts.
 
     python -m infra.train_zoo --base build/base --out zoo --adapters 300 --plan    # what it would train
     python -m infra.train_zoo --base build/base --out zoo --adapters 300           # trains it
@@ -6,7 +6,8 @@
 The adapters are spread over the grid task x data subset x seed x steps; a larger --adapters adds to a smaller
 one. An adapter that is already in --out is skipped, so the same line goes on where a killed run stopped. It
 writes adapters/<id>/ (PEFT folders in bfloat16), tasks.jsonl (held-out rows) and training.jsonl (how each was
-trained, held-out loss and exact match of base and adapter, how near to low rank it is). Where the Ray cluster
+trained, held-out loss and exact match of base and adapter, how near to low rank it is: more steps alone need
+not make it less so, look at the printed table). Where the Ray cluster
 has GPUs they are used, several adapters at once on each. On several nodes, --base and --out are folders that
 every node sees. Needs the `train` extra: pip install -c constraints.txt -e '.[train]'.
 """
