@@ -21,7 +21,7 @@ from cluster.adapter import list_adapters, read_adapter
 from cluster.base import read_base
 from cluster.errors import ConfigError
 from cluster.store import open_store
-from compress_jobs.evaluate import Scorer, read_tasks
+from compress_jobs.scorer import Scorer, read_tasks
 from infra.train_zoo.__main__ import main
 from infra.train_zoo.measure import truncation_error
 from infra.train_zoo.numbers import roman
