@@ -167,18 +167,21 @@ def _factors(spec: Collection, module: str) -> list[tuple[int, Factors]]:
     return [(i, (A.bfloat16().float(), B.bfloat16().float())) for i, (A, B) in enumerate(pairs)]
 
 
-def _print_layers(rows: list[dict[str, Any]]) -> None:
+def _print_header() -> None:
     print("\nGop: all products of the fit, and which part of them has all factors; GF/s: these alone, and in the fit")
     print(
         "   n      d_out x d_in  rank  stack s   fit s  cores s    Gop    GF/s: alone   in fit  share             error"
     )
-    for row in rows:
-        print(
-            f"{row['n']:4} {row['d_out']:10} x {row['d_in']:5} {row['rank']:4} "
-            f"{row['stack_s']:9.3f} {row['fit_s']:7.3f} {row['cores_s']:8.3f} "
-            f"{row['operations'] / 1e9:6.1f} {row['large_share_of_operations']:4.0%}"
-            f" {row['product_gflops']:13.1f} {row['fit_gflops']:10.1f}  {spread(row['share']):18} {row['error']:.4f}"
-        )
+
+
+def _print_layer(row: dict[str, Any]) -> None:
+    print(
+        f"{row['n']:4} {row['d_out']:10} x {row['d_in']:5} {row['rank']:4} "
+        f"{row['stack_s']:9.3f} {row['fit_s']:7.3f} {row['cores_s']:8.3f} "
+        f"{row['operations'] / 1e9:6.1f} {row['large_share_of_operations']:4.0%}"
+        f" {row['product_gflops']:13.1f} {row['fit_gflops']:10.1f}  {spread(row['share']):18} {row['error']:.4f}",
+        flush=True,
+    )
 
 
 def _extrapolated(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -191,7 +194,7 @@ def _extrapolated(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {name: round(total, 1) for name, total in totals.items()}
 
 
-def _print_growth(rows: list[dict[str, Any]]) -> dict[str, float]:
+def _growth(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Exponents of n in a phase's seconds between the smallest and the largest collection: 1 is linear."""
     exponents = {}
     for row in rows:
@@ -236,13 +239,16 @@ def main() -> None:
     print(f"collection {json.dumps(asdict(spec))}; a smaller one is its beginning")
 
     rows: list[dict[str, Any]] = []
+    if options.adapters:
+        _print_header()
     for n in options.adapters:
         for module in (Q_PROJ, K_PROJ):
             pairs = _factors(replace(spec, adapters=n), module)
-            rows += measure_module(pairs, options.ranks, options.repeats)
-    if rows:
-        _print_layers(rows)
-    growth = _print_growth(rows)
+            found = measure_module(pairs, options.ranks, options.repeats)
+            for row in found:
+                _print_layer(row)
+            rows += found
+    growth = _growth(rows)
     for name, exponent in growth.items():
         print(f"seconds grow as n^{exponent:.2f}: {name}")
     totals = _extrapolated(rows)
