@@ -57,6 +57,9 @@ def jd_full(stack: FactorStack, rank: int, seed: int) -> Basis:
     """
     T = sum(stack.ranks)
     r_U, r_V = min(rank, T, stack.B.shape[1]), min(rank, T, stack.A.shape[1])
+    if r_U == min(T, stack.B.shape[1]) and r_V == min(T, stack.A.shape[1]):
+        # All that the stack spans is kept: nothing to iterate for, and products of products would cost digits.
+        return Basis(_orthonormal(stack.B.T), _orthonormal(stack.A.T))
     generator, device = torch.Generator().manual_seed(seed), stack.A.device
     # Random mixes of the factors' own rows, not of all of space: at r = T these are already the whole span.
     V = _orthonormal(_mixed(torch.randn(T, r_V, generator=generator).to(device), stack.A))
