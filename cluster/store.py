@@ -18,7 +18,7 @@ from os.path import abspath, expanduser
 from urllib.parse import unquote
 from uuid import uuid4
 
-from cluster.errors import ConfigError, StoreConflict, StoreUnsafe
+from cluster.errors import ConfigError, StoreConflict, StoreError, StoreUnreachable, StoreUnsafe
 
 OWN_FILES = ".cts-"
 """Names that begin so are a store's own (temporary and lock files): never a key, never listed."""
@@ -103,8 +103,12 @@ class Store(ABC):
         key = f"work/probe-{uuid4().hex}"
         try:
             fault = self._find_fault(key)
-        finally:
+        except StoreUnreachable:
+            raise  # to tidy up would wait as long again, and in vain
+        except StoreError:
             self.delete(key)
+            raise
+        self.delete(key)
         if fault is not None:
             raise StoreUnsafe(
                 f"{self.uri}: the store {fault}, so two jobs could overwrite each other unnoticed; "
