@@ -90,7 +90,10 @@ def write_standalone(context: JobContext, record: AdapterRecord) -> StandaloneAd
 def _are_stored(context: JobContext, *objects: StoredObject) -> bool:
     store = context.out()
     try:
-        return all(store.head(object_key(item.sha)).size_bytes == item.size_bytes for item in objects)
+        return all(
+            "sha256:" + hashlib.sha256(store.read(object_key(item.sha)).data).hexdigest() == item.sha
+            for item in objects
+        )
     except StoreMissing:
         return False
 
