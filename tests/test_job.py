@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from safetensors.torch import load_file
 
 from cluster.bundle import Bundle
@@ -415,6 +417,7 @@ def test_damaged_parts_are_done_again(
     assert parts_of(out) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["objects/*.safetensors", "work/*/fits/*/3-0.safetensors"])
 def test_intact_parts_whose_tensors_are_damaged_are_done_again(
     undisturbed: tuple[Path, job.Outcome], base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
@@ -426,6 +429,29 @@ def test_intact_parts_whose_tensors_are_damaged_are_done_again(
     gone_on = run_job(adapters, base_path, out, **RESUMED)
     assert gone_on.manifest == undisturbed[1].manifest
     assert object_bytes(out) == object_bytes(undisturbed[0] / "out")
+
+
+def test_when_a_task_fails_the_others_have_ended_before_the_job_hears_of_it(tmp_path: Path) -> None:
+    """Or they would leave parts behind its tidying up."""
+
+    def step(folder: Path, fails: bool) -> None:
+        while fails and not (folder / "began").exists():
+            time.sleep(0.01)
+        if fails:
+            raise ConfigError("this one is wrong")
+        (folder / "began").touch()
+        try:
+            for _ in range(6000):
+                time.sleep(0.01)
+            (folder / "part").touch()
+        finally:
+            (folder / "ended").touch()
+
+    calls = [(tmp_path, False), (tmp_path, True)]
+    with pytest.raises(ConfigError, match="this one is wrong"):
+        list(tasks.run_bounded(ray.remote(num_cpus=1)(step), calls, 2))
+    assert (tmp_path / "ended").exists()
+    assert not (tmp_path / "part").exists()
 
 
 def test_another_name_of_the_base_is_accepted_when_told(base_path: Path, zoo_path: Path, tmp_path: Path) -> None:
