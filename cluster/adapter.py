@@ -29,6 +29,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_WEIGHTS_BYTES = 4 << 30  # read whole by one task; a LoRA of a 70B model stays below
 MAX_CONFIG_BYTES = 1 << 20
+MAX_RANK = 4096  # its square is allocated
+_MAX_MESSAGE_SIZE = 600
 # Two reads closer than this are one request: a gap costs less than a round trip.
 _MERGE_GAP_BYTES = 64 << 10
 
@@ -145,7 +147,8 @@ def read_adapter(store: Store, files: AdapterFiles, base: BaseModel) -> tuple[Ad
     places = _places(refuse, weights.data)
     try:
         tensors = load_tensors(weights.data)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError, AssertionError) as error:
+        # All that library and torch raise on shapes nobody can have, such as [0, 2**63].
         raise refuse("corrupt", f"{files.weights.key} is not valid safetensors ({error})") from None
 
     modules, factors = {}, {}
@@ -234,6 +237,10 @@ class _Refuse:
         self.adapter_id = adapter_id
 
     def __call__(self, reason: str, message: str) -> AdapterRefused:
+        # Names and numbers of the file stand in it, and the message goes into the manifest.
+        if len(message) > _MAX_MESSAGE_SIZE:
+            message = message[:_MAX_MESSAGE_SIZE] + "..."
+        message = message.encode(errors="backslashreplace").decode()
         return AdapterRefused(self.adapter_id, reason, message)
 
 
@@ -296,6 +303,8 @@ def _check_module(
             f"module {module} has A {list(A)} and B {list(B)}, "
             f"expected [r, {shape.d_in}] and [{shape.d_out}, r] of one rank r",
         )
+    if A[0] > MAX_RANK:
+        raise refuse("rank", f"module {module} has rank {A[0]}, at most {MAX_RANK} is accepted")
     if A[0] != rank:
         raise refuse("rank", f"module {module} has rank {A[0]} in its tensors, {rank} in its config")
 

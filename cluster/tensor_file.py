@@ -17,6 +17,8 @@ from cluster.store import Store
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
+_MAX_DIMENSIONS = 8
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -46,7 +48,9 @@ def parse_header(data: bytes, size_bytes: int) -> dict[str, TensorPlace]:
     if len(data) < header_end:
         raise ValueError(f"the file ends in its header: {len(data)} bytes of {header_end}")
     try:
-        header = json.loads(data[8:header_end])
+        header = json.loads(data[8:header_end], object_pairs_hook=_without_duplicates)
+    except _Duplicate as duplicate:
+        raise ValueError(f"the header names {shorten(str(duplicate))} twice") from None
     except (ValueError, RecursionError):
         raise ValueError("the header is not JSON") from None
     if not isinstance(header, dict):
@@ -70,6 +74,26 @@ def decode(place: TensorPlace, data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=DTYPES[place.dtype]).reshape(place.shape).float()
 
 
+class _Duplicate(Exception):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Which of the two counts is for every reader to choose, and ours and the library's must not differ."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _Duplicate(name)
+        found[name] = value
+    return found
+
+
+def shorten(text: str) -> str:
+    """For messages, which go into manifests: what comes from outside may be 100 MB long."""
+    text = repr(text)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
 def _header_end(data: bytes, size_bytes: int) -> int:
     if len(data) < 8:
         raise ValueError(f"{len(data)} bytes are too few for a header")
@@ -83,12 +107,17 @@ def _parse_place(name: str, place: Any, header_end: int, size_bytes: int) -> Ten
     try:
         dtype, shape, (start, end) = place["dtype"], place["shape"], place["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise ValueError(f"tensor {name!r}: no dtype, shape and data_offsets in the header") from None
+        raise ValueError(f"tensor {shorten(name)}: no dtype, shape and data_offsets in the header") from None
     numbers = [*shape, start, end] if isinstance(shape, list) else [None]
-    if not all(type(number) is int and number >= 0 for number in numbers) or not isinstance(dtype, str):
-        raise ValueError(f"tensor {name!r}: malformed dtype, shape or data_offsets")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers) or not isinstance(dtype, str):
+        raise ValueError(f"tensor {shorten(name)}: malformed dtype, shape or data_offsets")
+    # Before they are multiplied: the product of a million numbers takes hours.
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"tensor {shorten(name)}: {len(shape)} dimensions, at most {_MAX_DIMENSIONS} are read")
     if not header_end + start <= header_end + end <= size_bytes:
-        raise ValueError(f"tensor {name!r} ends at byte {header_end + end} of {size_bytes}: the file is cut short")
+        raise ValueError(
+            f"tensor {shorten(name)} ends at byte {header_end + end} of {size_bytes}: the file is cut short"
+        )
     if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - start:
-        raise ValueError(f"tensor {name!r}: shape {shape} of {dtype} does not fill its {end - start} bytes")
+        raise ValueError(f"tensor {shorten(name)}: shape {shape} of {dtype} does not fill its {end - start} bytes")
     return TensorPlace(dtype, tuple(shape), header_end + start, header_end + end)

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load as load_tensors
 
 from cluster.adapter import AdapterRecord, Factors, factored_energy, hash_tensors, read_modules
-from cluster.errors import AdapterChanged
+from cluster.bundle import object_key
+from cluster.errors import AdapterChanged, StoreMissing
 from cluster.factors import stack_factors
 from cluster.manifest import served_revision
 from cluster.publish import StoredObject, put_object
 from cluster.svd import smallest_rank, spectra, truncate
 from compress_jobs.context import JobContext
-from compress_jobs.parts import once
+from compress_jobs.parts import once, read_tensors
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,11 @@ def assemble_cluster(context: JobContext, cluster: int, num_layers: int, kept: S
     the adapters that are served from it; they become slots 0, 1, ..."""
     digest = hashlib.sha256(repr(list(kept)).encode()).hexdigest()[:16]
     name = f"{context.fits}assembled/{cluster}-{digest}"
-    return once(context, name, AssembledCluster, lambda: _assemble_cluster(context, cluster, num_layers, kept))
+
+    def step() -> AssembledCluster:
+        return _assemble_cluster(context, cluster, num_layers, kept)
+
+    return once(context, name, AssembledCluster, step, lambda done: _are_stored(context, done.basis, done.cores))
 
 
 def _assemble_cluster(context: JobContext, cluster: int, num_layers: int, kept: Sequence[int]) -> AssembledCluster:
@@ -59,7 +63,7 @@ def _assemble_cluster(context: JobContext, cluster: int, num_layers: int, kept: 
     basis: dict[str, torch.Tensor] = {}
     cores: dict[str, torch.Tensor] = {}
     for layer in range(num_layers):
-        for name, tensor in load_tensors(store.read(context.fit_key(layer, cluster)).data).items():
+        for name, tensor in read_tensors(context, context.fit_key(layer, cluster)).items():
             if name.endswith((".U", ".V")):
                 basis[name] = tensor
             else:
@@ -76,7 +80,22 @@ def write_standalone(context: JobContext, record: AdapterRecord) -> StandaloneAd
     """Store an adapter's own factors: whole if it is opted out by ``--raw``, else cut by SVD to the smallest
     rank that meets the gate (with ``--method svd``: to the given rank, if that meets it)."""
     name = f"alone/{context.options.method}-{context.options.rank}/{record.adapter_id}"
-    return once(context, name, StandaloneAdapter | Changed, lambda: _write_standalone(context, record))
+
+    def stands(done: StandaloneAdapter | Changed) -> bool:
+        return isinstance(done, StandaloneAdapter) and _are_stored(context, done.factors)
+
+    return once(context, name, StandaloneAdapter | Changed, lambda: _write_standalone(context, record), stands)
+
+
+def _are_stored(context: JobContext, *objects: StoredObject) -> bool:
+    store = context.out()
+    try:
+        return all(
+            "sha256:" + hashlib.sha256(store.read(object_key(item.sha)).data).hexdigest() == item.sha
+            for item in objects
+        )
+    except StoreMissing:
+        return False
 
 
 def _write_standalone(context: JobContext, record: AdapterRecord) -> StandaloneAdapter | Changed:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import load as load_tensors
+from torch import Tensor
 
 from cluster.adapter import Factors
 from cluster.choose import Choice, CollectionShape, candidate_labels, choose_rank
@@ -22,7 +22,7 @@ from cluster.clustering import (
 from cluster.factors import stack_factors
 from cluster.manifest import tenant_of
 from compress_jobs.context import JobContext
-from compress_jobs.parts import once
+from compress_jobs.parts import once, read_tensors
 
 KindEnergies = Mapping[str, NDArray[np.float64]]
 """Kind of module -> the adapters' energies in all modules of that kind (N,)."""
@@ -95,10 +95,9 @@ def weigh(
 
 
 def read_sample(context: JobContext, adapter_ids: Sequence[str], energies: KindEnergies) -> Sample:
-    store = context.out()
     by_module: dict[str, list[tuple[int, Factors]]] = {}
     for member, adapter_id in enumerate(adapter_ids):
-        for module, factors in _unpack_sample(store.read(context.sample_key(adapter_id)).data).items():
+        for module, factors in _by_module(read_tensors(context, context.sample_key(adapter_id))).items():
             by_module.setdefault(module, []).append((member, factors))
     # One by one: the sample is the largest thing this task holds, and it need not be there twice.
     stacks = {module: stack_factors(by_module.pop(module)) for module in sorted(by_module)}
@@ -106,8 +105,7 @@ def read_sample(context: JobContext, adapter_ids: Sequence[str], energies: KindE
     return Sample.of(present, len(adapter_ids), energies)
 
 
-def _unpack_sample(data: bytes) -> dict[str, Factors]:
-    tensors = load_tensors(data)
+def _by_module(tensors: dict[str, Tensor]) -> dict[str, Factors]:
     modules = sorted({name.rpartition(".")[0] for name in tensors})
     return {module: (tensors[f"{module}.A"].float(), tensors[f"{module}.B"].float()) for module in modules}
 

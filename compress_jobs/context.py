@@ -16,7 +16,7 @@ from cluster.store import Store, open_store
 from compress_jobs.options import RunOptions
 
 # Part of every job's id: parts that were left by code with another idea of them are never picked up.
-_PARTS_FORMAT = 2
+_PARTS_FORMAT = 3
 # These change nothing of what is computed.
 _INDIFFERENT = ("num_cpus", "in_flight", "out")
 

@@ -12,7 +12,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from safetensors.torch import save as save_tensors
 
 from cluster.adapter import AdapterRecord, Factors, read_modules
 from cluster.errors import AdapterChanged
@@ -20,7 +19,7 @@ from cluster.factors import FactorStack, stack_factors
 from cluster.jd import relative_errors
 from cluster.methods import METHODS
 from compress_jobs.context import JobContext, peak_memory_bytes
-from compress_jobs.parts import once
+from compress_jobs.parts import once, tensors_stand, write_tensors
 
 _READS_AT_ONCE = 8
 
@@ -77,8 +76,13 @@ def fit_layers(context: JobContext, layers: Sequence[Layer], labels: Sequence[in
             start_reading(index + 1)
             return _fit_layer(context, layers[index], read, np.asarray(labels))
 
+        def stands(layer: Layer, done: LayerFit) -> bool:
+            keys = [context.fit_key(layer.number, cluster) for cluster in sorted(set(labels))]
+            return not done.changed and tensors_stand(context, keys)
+
         for index, layer in enumerate(layers):
-            fits.append(once(context, f"{context.fits}{layer.number}", LayerFit, partial(fit, index)))
+            name = f"{context.fits}{layer.number}"
+            fits.append(once(context, name, LayerFit, partial(fit, index), partial(stands, layer)))
     return fits
 
 
@@ -92,7 +96,7 @@ def _fit_layer(context: JobContext, layer: Layer, read: _Read, labels: np.ndarra
         if stack is not None:
             squared_errors[module] = _fit_module(context, module, stack.to(device), labels, parts)
     for cluster, part in parts.items():
-        context.out().write(context.fit_key(layer.number, cluster), save_tensors(part))
+        write_tensors(context, context.fit_key(layer.number, cluster), part)
     return LayerFit(squared_errors, read.changed, read.num_bytes, peak_memory_bytes())
 
 

@@ -6,7 +6,6 @@ import hashlib
 from dataclasses import dataclass, field
 
 import torch
-from safetensors.torch import save as save_tensors
 
 from cluster.adapter import AdapterFiles, AdapterRecord, Factors, read_adapter
 from cluster.clustering import sample_modules
@@ -15,7 +14,10 @@ from cluster.factors import stack_factors
 from cluster.manifest import Refused
 from cluster.svd import spectra
 from compress_jobs.context import JobContext
-from compress_jobs.parts import once
+from compress_jobs.parts import once, tensors_stand, write_tensors
+
+# Of the store's making, not the adapter's: tried again by a job that goes on.
+_UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,15 @@ def inspect_adapter(context: JobContext, files: AdapterFiles) -> Inspected:
     """Raises StoreUnreachable only: whatever is wrong with one adapter is that adapter's own."""
     # By hash: an id that will be refused may be no key of a store.
     name = hashlib.sha256(files.adapter_id.encode()).hexdigest()[:32]
-    return once(context, f"inspected/{name}", Inspected, lambda: _inspect(context, files))
+
+    def stands(found: Inspected) -> bool:
+        if found.refused is not None:
+            return found.refused.reason != _UNREADABLE
+        return not _has_sample(context, found.adapter_id) or tensors_stand(
+            context, [context.sample_key(found.adapter_id)]
+        )
+
+    return once(context, f"inspected/{name}", Inspected, lambda: _inspect(context, files), stands)
 
 
 def adapter_spectra(factors: dict[str, Factors]) -> dict[str, list[float]]:
@@ -47,13 +57,17 @@ def _inspect(context: JobContext, files: AdapterFiles) -> Inspected:
     except AdapterRefused as refused:
         return Inspected(files.adapter_id, refused=Refused(refused.reason, refused.message))
     except (StoreForbidden, StoreMissing) as error:
-        return Inspected(files.adapter_id, refused=Refused("unreadable", str(error)))
-    if context.options.needs_sample and not context.options.is_raw(files.adapter_id):
-        context.out().write(context.sample_key(files.adapter_id), _pack_sample(context, factors))
+        return Inspected(files.adapter_id, refused=Refused(_UNREADABLE, str(error)))
+    if _has_sample(context, files.adapter_id):
+        write_tensors(context, context.sample_key(files.adapter_id), _sample(context, factors))
     return Inspected(files.adapter_id, record, spectra=adapter_spectra(factors))
 
 
-def _pack_sample(context: JobContext, factors: dict[str, Factors]) -> bytes:
+def _has_sample(context: JobContext, adapter_id: str) -> bool:
+    return context.options.needs_sample and not context.options.is_raw(adapter_id)
+
+
+def _sample(context: JobContext, factors: dict[str, Factors]) -> dict[str, torch.Tensor]:
     touched = {module for module, (_, B) in factors.items() if B.any()}
     sampled = touched.intersection(context.sampled) or set(
         sample_modules([module for module in factors if module in touched])
@@ -63,5 +77,4 @@ def _pack_sample(context: JobContext, factors: dict[str, Factors]) -> bytes:
         A, B = factors[module]
         # bfloat16 is enough to tell which adapters belong together.
         tensors[f"{module}.A"], tensors[f"{module}.B"] = A.to(torch.bfloat16), B.to(torch.bfloat16)
-    packed: bytes = save_tensors(tensors)
-    return packed
+    return tensors

@@ -87,10 +87,10 @@ def run(job: Job) -> Outcome:
     try:
         outcome = _run(job)
     except StoreMissing:
-        # A twin with the same inputs was faster, and has tidied up.
-        if (outcome_of_twin := _already_published(job)) is not None:
-            return Outcome(outcome_of_twin, None)
-        raise
+        # A twin with the same inputs was faster, and has tidied up; what this one left since goes the same way.
+        if (published := _already_published(job)) is None:
+            raise
+        outcome = Outcome(published, None)
     except (InputError, PublishConflict):
         _clean_up(job)  # started again it would end the same way
         raise

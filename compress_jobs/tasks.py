@@ -16,6 +16,8 @@ from compress_jobs.options import RunOptions
 # A lost worker is tried again, and so is a store that stayed away; wrong input never is.
 _RETRIES = {"max_retries": 3, "retry_exceptions": [StoreUnreachable]}
 
+_STOP_TIMEOUT_S = 10
+
 
 def _remote(step: Any) -> Any:
     """The step as a Ray task on one CPU. One thread: the same bytes on every machine of a kind, and tasks
@@ -80,17 +82,24 @@ def connect(options: RunOptions) -> None:
 
 def run_bounded(task: Any, calls: Sequence[tuple[Any, ...]], in_flight: int) -> Iterator[tuple[int, Any]]:
     """Run ``task`` once for each tuple of arguments, at most ``in_flight`` at a time; yields (index, result)
-    as they end. Raises the step's own error, or CtsError when Ray lost the task for good."""
+    as they end. Raises the step's own error, or CtsError when Ray lost the task for good; then, and when the caller
+    stops early, the tasks still running have been stopped: none writes a part after the job has tidied up."""
     waiting = iter(enumerate(calls))
     running: dict[Any, int] = {}
-    while True:
-        while len(running) < in_flight and (call := next(waiting, None)) is not None:
-            running[task.remote(*call[1])] = call[0]
-        if not running:
-            return
-        done, _ = ray.wait(list(running), num_returns=1)
-        index = running.pop(done[0])
-        yield index, _result(done[0])
+    try:
+        while True:
+            while len(running) < in_flight and (call := next(waiting, None)) is not None:
+                running[task.remote(*call[1])] = call[0]
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1)
+            index = running.pop(done[0])
+            yield index, _result(done[0])
+    finally:
+        if running and ray.is_initialized():
+            for reference in running:
+                ray.cancel(reference)
+            ray.wait(list(running), num_returns=len(running), timeout=_STOP_TIMEOUT_S)
 
 
 def run_one(task: Any, *arguments: Any) -> Any:

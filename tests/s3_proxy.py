@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import http.client
 import threading
+import time
 from collections.abc import Callable
 from enum import Enum, auto
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,8 @@ class Action(Enum):
     """The server does it, the client gets no answer."""
     TRUNCATE = auto()
     """All headers, half the body, then close."""
+    SLOW = auto()
+    """Forward after ``slow_s`` of the proxy."""
     STRIP_CONDITIONS = auto()
     """Forward without If-Match and If-None-Match, signed anew: a store that ignores them."""
 
@@ -71,6 +74,7 @@ class S3Proxy:
         self.server = server
         self.on_request: OnRequest = on_request or always(Action.FORWARD)
         self.seen: list[tuple[str, str, Action]] = []
+        self.slow_s = 0.1
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
@@ -109,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         if action is Action.DROP:
             self.close_connection = True
             return
+        if action is Action.SLOW:
+            time.sleep(self.proxy.slow_s)
         if action is Action.STRIP_CONDITIONS:
             headers = self._without_conditions(headers, body)
         status, answer_headers, answer = self._forward(headers, body)
@@ -149,7 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Content-Length", str(length))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
         """Quiet: the tests look at ``seen``."""

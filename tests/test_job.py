@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from safetensors.torch import load_file
 
 from cluster.bundle import Bundle
@@ -30,6 +33,7 @@ from tests.jobs import (
 
 pytestmark = pytest.mark.usefixtures("ray_for_jobs")
 OPTIONS = {"clusters": 2, "rank": 16}
+RESUMED = {"clusters": 2, "rank": 8, "gate": 0.05}  # some end on a basis, some are truncated
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +368,118 @@ def test_nothing_acceptable_publishes_nothing(base_path: Path, zoo_path: Path, t
 
 def test_work_is_cleaned_up(published: tuple[Path, job.Outcome]) -> None:
     assert [path for path in (published[0] / "work").rglob("*") if path.is_file() and ".cts" not in path.name] == []
+
+
+class Stopped(BaseException):
+    """What no part of the job catches, as if it had been killed there."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: str, *arguments: Path, **options: Any) -> None:
+    """Run the job up to that step of the driver's."""
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, step, stop)
+        with pytest.raises(Stopped):
+            run_job(*arguments, **options)
+
+
+def parts_of(out: Path) -> dict[str, int]:
+    """Key of every file in work/ -> its modification time."""
+    work = out / "work"
+    files = [path for path in work.rglob("*") if path.is_file() and not path.name.startswith(".cts")]
+    return {path.relative_to(work).as_posix(): path.stat().st_mtime_ns for path in files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base_path: Path, zoo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, job.Outcome]:
+    """What RESUMED gives of three adapters when nothing happens."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    adapters = copy_adapters(zoo_path, root / "adapters", FEW[:3])
+    return root, run_job(adapters, base_path, root / "out", **RESUMED)
+
+
+def test_a_stopped_job_goes_on_and_does_nothing_twice(
+    undisturbed: tuple[Path, job.Outcome], base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters, out = undisturbed[0] / "adapters", tmp_path / "out"
+    parts: dict[str, int] = {}
+    for step in ("_cluster", "_fit", "_assemble", "publish", "_clean_up"):
+        stop_at(monkeypatch, step, adapters, base_path, out, **RESUMED)
+        left = parts_of(out)
+        assert len(left) > len(parts) or step == "_clean_up"
+        assert parts.items() <= left.items()  # the very files: none was written again
+        assert (out / "CURRENT").exists() == (step == "_clean_up")
+        parts = left
+    # Killed after CURRENT had moved: published, and not yet tidied up.
+    gone_on = run_job(adapters, base_path, out, **RESUMED)
+    assert gone_on.summary is None
+    assert gone_on.manifest == undisturbed[1].manifest
+    assert object_bytes(out) == object_bytes(undisturbed[0] / "out")
+    assert parts_of(out) == {}
+
+
+@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in (1, 2, 3))])
+def test_damaged_parts_are_done_again(
+    undisturbed: tuple[Path, job.Outcome], base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turn: int
+) -> None:
+    """Each file that a stopped job left is cut short, emptied, removed, or has a bit flipped."""
+    adapters, out = undisturbed[0] / "adapters", tmp_path / "out"
+    stop_at(monkeypatch, "publish", adapters, base_path, out, **RESUMED)
+    paths = [*sorted((out / "work").rglob("*.*")), *sorted((out / "objects").glob("*.safetensors"))]
+    paths = [path for path in paths if path.is_file() and not path.name.startswith(".cts")]
+    assert {path.parent.name for path in paths} >= {"inspected", "samples", "assembled", "jd-full-2-8", "objects"}
+    for index, path in enumerate(paths):
+        data = path.read_bytes()
+        path.unlink()
+        half = len(data) // 2
+        flipped = data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
+        damaged = (data[:half], b"", None, flipped)[(index + turn) % 4]
+        if damaged is not None:
+            path.write_bytes(damaged)
+    gone_on = run_job(adapters, base_path, out, **RESUMED)
+    assert gone_on.manifest == undisturbed[1].manifest
+    assert object_bytes(out) == object_bytes(undisturbed[0] / "out")
+    assert parts_of(out) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["objects/*.safetensors", "work/*/fits/*/3-0.safetensors"])
+def test_intact_parts_whose_tensors_are_damaged_are_done_again(
+    undisturbed: tuple[Path, job.Outcome], base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    adapters, out = undisturbed[0] / "adapters", tmp_path / "out"
+    stop_at(monkeypatch, "publish", adapters, base_path, out, **RESUMED)
+    for path in out.glob(which):
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    gone_on = run_job(adapters, base_path, out, **RESUMED)
+    assert gone_on.manifest == undisturbed[1].manifest
+    assert object_bytes(out) == object_bytes(undisturbed[0] / "out")
+
+
+def test_when_a_task_fails_the_others_have_ended_before_the_job_hears_of_it(tmp_path: Path) -> None:
+    """Or they would leave parts behind its tidying up."""
+
+    def step(folder: Path, fails: bool) -> None:
+        while fails and not (folder / "began").exists():
+            time.sleep(0.01)
+        if fails:
+            raise ConfigError("this one is wrong")
+        (folder / "began").touch()
+        try:
+            for _ in range(6000):
+                time.sleep(0.01)
+            (folder / "part").touch()
+        finally:
+            (folder / "ended").touch()
+
+    calls = [(tmp_path, False), (tmp_path, True)]
+    with pytest.raises(ConfigError, match="this one is wrong"):
+        list(tasks.run_bounded(ray.remote(num_cpus=1)(step), calls, 2))
+    assert (tmp_path / "ended").exists()
+    assert not (tmp_path / "part").exists()
 
 
 def test_another_name_of_the_base_is_accepted_when_told(base_path: Path, zoo_path: Path, tmp_path: Path) -> None:

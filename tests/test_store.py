@@ -471,7 +471,7 @@ def test_a_lost_connection_is_tried_again(s3_bucket: str, proxy: S3Proxy, action
     assert [entry.key for entry in store.list()] == ["key"]
 
 
-def test_a_body_cut_short_is_read_again(s3_bucket: str, proxy: S3Proxy) -> None:
+def test_a_body_cut_short_is_read_again(s3_bucket: str, proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(s3_bucket)
     data = os.urandom(1 << 20)
     store.write("key", data)
@@ -479,6 +479,7 @@ def test_a_body_cut_short_is_read_again(s3_bucket: str, proxy: S3Proxy) -> None:
         proxy.on_request = first(1, Action.TRUNCATE)
         assert read() == data
     proxy.on_request = always(Action.TRUNCATE)
+    monkeypatch.setattr("cluster.store_s3.NUM_ROUNDS_OF_ONE", 3)
     with pytest.raises(StoreUnreachable, match="cut short"):
         store.read("key")
 
@@ -496,12 +497,15 @@ def test_a_lost_answer_of_a_conditional_write_ends_in_conflict_with_our_content(
     assert store.read("CURRENT").data == b"token-2"
 
 
-def test_a_conditional_request_conflict_is_repeated(s3_bucket: str, proxy: S3Proxy) -> None:
+def test_a_conditional_request_conflict_is_repeated(
+    s3_bucket: str, proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = open_store(s3_bucket)
     proxy.on_request = first(2, Action.CONFLICT, "PUT")
     store.create("key", b"data")
     assert store.read("key").data == b"data"
     proxy.on_request = always(Action.CONFLICT)
+    monkeypatch.setattr("cluster.store_s3.NUM_ROUNDS_OF_ONE", 3)
     with pytest.raises(StoreConflict, match="ConditionalRequestConflict"):
         store.create("other", b"data")
 

@@ -83,13 +83,19 @@ def test_a_dtype_we_do_not_read_still_has_its_place() -> None:
         (file_of({"a": place(shape=(True,))}), "'a': malformed"),
         (file_of({"a": place(shape=(-2,))}), "'a': malformed"),
         (file_of({"a": place(shape=None)}), "'a': malformed"),
+        (file_of({"a": place(shape=(0, 2**63), offsets=(0, 0))}), "'a': malformed"),
+        (file_of({"a": place(shape=(2**62,) * 100_000, offsets=(0, 0))}), "'a': 100000 dimensions, at most 8"),
+        (file_of({"a" * 10**6: 5}), "aaa...: no dtype"),
+        (file_of(b'{"a": 1, "b": 2, "a": 1}'), "names 'a' twice"),
+        (file_of(b'{"a": {"dtype": "F32", "shape": [2], "shape": [2], "data_offsets": [0, 8]}}'), "'shape' twice"),
         (file_of({"a": place(offsets=("0", "8"))}), "'a': malformed"),
         (file_of({"a": place(offsets=(-8, 0))}, bytes(8)), "'a': malformed"),
         (file_of({"a": place()}, bytes(7)), "cut short"),
         (file_of({"a": place(offsets=(8, 0))}, bytes(8)), "cut short"),
         (file_of({"a": place(offsets=(0, 10**12))}, bytes(8)), "cut short"),
         (file_of({"a": place(shape=(3,))}, bytes(8)), "shape [3] of F32 does not fill its 8 bytes"),
-        (file_of({"a": place(shape=(10**30, 10**30))}, bytes(8)), "does not fill its 8 bytes"),
+        (file_of({"a": place(shape=(2**62, 2**62))}, bytes(8)), "does not fill its 8 bytes"),
+        (file_of({"a": place(shape=(10**30, 10**30))}, bytes(8)), "'a': malformed"),
         (file_of({"a": place(dtype="F16")}, bytes(8)), "of F16 does not fill its 8 bytes"),
     ],
 )
@@ -115,7 +121,7 @@ def parses_or_value_error(data: bytes) -> None:
     try:
         places = parse_header(data, len(data))
     except ValueError as error:
-        assert str(error)
+        assert 0 < len(str(error)) < 600
     else:
         assert all(8 <= place.start <= place.end <= len(data) for place in places.values())
 
