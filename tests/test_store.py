@@ -532,7 +532,7 @@ def test_a_store_that_does_not_answer_is_waited_for_once(s3_bucket: str, proxy: 
     proxy.on_request = always(Action.DROP)
     with pytest.raises(StoreUnreachable):
         store.check_conditional_writes()
-    assert [method for method, _, _ in proxy.seen] == ["PUT"] * 3
+    assert {method for method, _, _ in proxy.seen} == {"PUT"}
 
 
 def test_lost_answers_do_not_make_a_store_unsafe(s3_bucket: str, proxy: S3Proxy) -> None:
