@@ -24,7 +24,7 @@ from compress_jobs.assemble import Changed
 from compress_jobs.choose import choose, confirm
 from compress_jobs.cluster_adapters import without_choice
 from compress_jobs.context import JobContext, job_id
-from compress_jobs.fit_layer import Layer, LayerFit
+from compress_jobs.fit_layer import Layer
 from compress_jobs.options import AUTO, RunOptions
 from compress_jobs.progress import say, track
 from compress_jobs.report import render
@@ -215,11 +215,11 @@ def _fit(job: Job) -> None:
     ]
     size = max(1, min(_LAYERS_A_TASK, len(layers) // job.in_flight))
     calls = [(job.context, layers[i : i + size], job.clustered.labels) for i in range(0, len(layers), size)]
-    fits: dict[int, list[LayerFit]] = {}
     task = tasks.fit_task(memory_bytes=_fit_memory(job, layers))
-    for index, fitted in track(tasks.run_bounded(task, calls, job.in_flight), len(calls), "fit layers"):
-        fits[index] = fitted
-    job.fits = [fit for index in range(len(calls)) for fit in fits[index]]
+    results = tasks.run_bounded(task, calls, job.in_flight)
+    by_layer = ((index * size + i, fit) for index, fits in results for i, fit in enumerate(fits))
+    fits = dict(track(by_layer, len(layers), "fit layers"))
+    job.fits = [fits[number] for number in range(len(layers))]
     for fit in job.fits:
         job.num_bytes_read += fit.num_bytes_read
         for index, message in fit.changed.items():
