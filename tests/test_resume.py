@@ -155,7 +155,7 @@ def test_of_twins_that_start_together_both_end_well(
     assert_published_as(undisturbed, open_store(str(tmp_path / "out")))
 
 
-@pytest.mark.parametrize("where", [r"PUT .*/inspected/", r"PUT .*/fits/[^/]+/\d+\.json", r"PUT .*/assembled/"])
+@pytest.mark.parametrize("where", [r"PUT .*/fits/[^/]+/\d+\.json", r"PUT .*/assembled/"])
 def test_a_twin_that_is_overtaken_says_that_it_is_published_and_leaves_nothing(
     s3_server: S3Server, s3_bucket: str, base_path: Path, adapters: Path, undisturbed: Path, where: str
 ) -> None:
