@@ -403,6 +403,7 @@ def test_a_full_group_answers_429_with_retry_after_while_others_have_room(split_
     assert split_app.say("add").choices
 
 
+@pytest.mark.slow
 def test_a_killed_replica_is_503_until_it_is_back_and_never_a_hang(split_app: App) -> None:
     before = split_app.say("past").choices[0].text
     homes = split_app.call("GET", "/ready")[2]["homes"]

@@ -321,6 +321,7 @@ def test_what_a_stranger_named_is_text_and_nothing_else() -> None:
     assert f"{SHOWN[:17]}…{SHOWN[-8:]}" in page.texts
 
 
+@pytest.mark.slow
 def test_the_same_revision_gives_the_same_bytes_whatever_the_process_and_the_order_of_keys(
     whole: tuple[Manifest, dict[str, Any], str], tmp_path: Path
 ) -> None:

@@ -29,6 +29,9 @@ from infra.train_zoo.plan import SEEDS, STEPS, AdapterPlan, plan_adapters
 from infra.train_zoo.tasks import MIN_TRAIN_ROWS, NUM_TEST_ROWS, SUBSETS, Row, Task, all_tasks, subset_rows
 from infra.train_zoo.training import Folders, TrainingFailed, train_adapter
 
+# Beside the product: a recipe whose tests generate all rows and train for real.
+pytestmark = pytest.mark.slow
+
 Split = tuple[list[Row], list[Row]]
 
 
@@ -258,7 +261,6 @@ def test_a_plan_is_trained_to_the_same_bytes_again(tiny_base: Path, tmp_path: Pa
     assert files(tmp_path / "first" / "adapters") == files(tmp_path / "again" / "adapters")
 
 
-@pytest.mark.slow
 def test_over_ray_only_what_is_missing_is_trained_and_to_the_same_bytes(tiny_base: Path, tmp_path: Path) -> None:
     here, out = Folders(tmp_path / "here"), Folders(tmp_path / "out")
     for plan in PLANS:
@@ -298,7 +300,6 @@ def test_a_loss_that_is_no_number_is_refused_and_leaves_nothing(tiny_base: Path,
     assert not out.exists()
 
 
-@pytest.mark.slow
 def test_a_few_steps_on_the_real_base_lower_the_held_out_loss(base_path: Path, tmp_path: Path) -> None:
     record = train_adapter(AdapterPlan("past", "all", 0, 8), str(base_path), Folders(tmp_path))
     store = open_store(str(tmp_path / "adapters"))
