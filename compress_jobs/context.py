@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import resource
 from collections.abc import Sequence
@@ -32,10 +33,10 @@ class JobContext:
     sampled: tuple[str, ...]
 
     def adapters(self) -> Store:
-        return open_store(self.options.adapters)
+        return _opened(self.options.adapters)
 
     def out(self) -> Store:
-        return open_store(self.options.out)
+        return _opened(self.options.out)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,6 +62,12 @@ class JobContext:
         """A seed of its own for every named thing, the same on every run."""
         text = "/".join(map(str, (self.options.seed, *names)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(uri: str) -> Store:
+    """One client a process and store: to make one takes a tenth of a second and new connections."""
+    return open_store(uri)
 
 
 def job_id(options: RunOptions, base: BaseModel, folders: Sequence[AdapterFiles]) -> str:

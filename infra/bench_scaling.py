@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-NUM_ADAPTERS, NUM_LAYERS, RANK, CLUSTERS = 64, 8, 16, 2
+NUM_ADAPTERS, NUM_LAYERS, RANK, CLUSTERS = 64, 16, 16, 2
 SHAPES = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096)}  # d_out, d_in
 NAME = "bench/base"
 MODULES = {
