@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.adapter import AdapterRecord, Factors, factored_energy, hash_tensors, read_modules
+from cluster.adapter import AdapterRecord, hash_tensors, read_modules
 from cluster.bundle import object_key
 from cluster.errors import AdapterChanged, StoreMissing
-from cluster.factors import stack_factors
 from cluster.manifest import served_revision
 from cluster.publish import StoredObject, put_object
-from cluster.svd import smallest_rank, spectra, truncate
 from compress_jobs.context import JobContext
 from compress_jobs.parts import once, read_tensors
+from compress_jobs.standalone import StandaloneAdapter, stand_alone
 
 
 @dataclass(frozen=True)
@@ -26,17 +25,6 @@ class AssembledCluster:
     basis: StoredObject
     cores: StoredObject
     served: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class StandaloneAdapter:
-    """A truncated or raw adapter. ``squared_errors``: module -> ||M - M^||^2 of the stored factors."""
-
-    mode: str
-    rank: int
-    factors: StoredObject
-    served: str
-    squared_errors: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -103,38 +91,6 @@ def _write_standalone(context: JobContext, record: AdapterRecord) -> StandaloneA
         factors = read_modules(context.adapters(), record, list(record.modules))
     except AdapterChanged as changed:
         return Changed(changed.message)
-    factors = {module: pair for module, pair in factors.items() if record.modules[module].energy > 0}
-    largest = max(A.shape[0] for A, _ in factors.values())
-    rank = largest if context.options.is_raw(record.adapter_id) else _rank_by_gate(context, factors)
-    mode = "truncated" if rank < largest else "raw"
-    if mode == "truncated":
-        stored = {module: _rounded(truncate(A, B, rank), context.dtype) for module, (A, B) in factors.items()}
-    else:
-        # Whole means whole: where the bundle's dtype would round (a folded scale, float32 sources), keep float32.
-        exact = all(torch.equal(t, t.to(context.dtype).float()) for pair in factors.values() for t in pair)
-        stored = {module: _rounded(pair, context.dtype if exact else torch.float32) for module, pair in factors.items()}
-    tensors = {f"{module}.{name}": t for module, pair in stored.items() for name, t in zip("AB", pair, strict=True)}
-    return StandaloneAdapter(
-        mode=mode,
-        rank=rank,
-        factors=put_object(context.out(), tensors),
-        served=served_revision(mode, hash_tensors(tensors)),
-        squared_errors={module: squared_difference(factors[module], stored[module]) for module in factors},
-    )
-
-
-def squared_difference(ours: Factors, theirs: Factors) -> float:
-    """||B A - B' A'||_F^2 in factored form and float64, clamped at 0."""
-    A = torch.cat([ours[0].double(), theirs[0].double()])
-    B = torch.cat([ours[1].double(), -theirs[1].double()], dim=1)
-    return max(factored_energy(A, B), 0.0)
-
-
-def _rank_by_gate(context: JobContext, factors: dict[str, Factors]) -> int:
-    stacks = [stack_factors([(0, pair)]) for pair in factors.values()]
-    needed, _ = smallest_rank([spectra(stack)[0] for stack in stacks if stack is not None], context.options.gate)
-    return max(needed, int(context.options.rank)) if context.options.method == "svd" else needed
-
-
-def _rounded(pair: Factors, dtype: torch.dtype) -> Factors:
-    return pair[0].to(dtype).contiguous(), pair[1].to(dtype).contiguous()
+    options = context.options
+    method = options.recorded_method(options.method, int(options.clusters), int(options.rank))
+    return stand_alone(context.out(), factors, method, whole=options.is_raw(record.adapter_id))

@@ -17,8 +17,8 @@ from cluster.errors import StoreMissing
 from cluster.manifest import Adapter, Cluster, Manifest, ModuleShape, Refused, served_revision
 from cluster.publish import publish, put_object
 from cluster.store import Store, open_store
-from compress_jobs.assemble import StandaloneAdapter
 from compress_jobs.projection import Projection
+from compress_jobs.standalone import StandaloneAdapter
 from compress_jobs.state import AdapterError
 
 

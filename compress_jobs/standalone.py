@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
-from cluster.adapter import Factors, hash_tensors
+from cluster.adapter import Factors, factored_energy, hash_tensors
 from cluster.factors import stack_factors
 from cluster.manifest import Method, served_revision
-from cluster.publish import put_object
+from cluster.publish import StoredObject, put_object
 from cluster.store import Store
 from cluster.svd import smallest_rank, spectra, truncate
-from compress_jobs.assemble import StandaloneAdapter, squared_difference
+
+
+@dataclass(frozen=True)
+class StandaloneAdapter:
+    """A truncated or raw adapter. ``squared_errors``: module -> ||M - M^||^2 of the stored factors."""
+
+    mode: str
+    rank: int
+    factors: StoredObject
+    served: str
+    squared_errors: dict[str, float]
 
 
 def stand_alone(store: Store, factors: Mapping[str, Factors], method: Method, whole: bool) -> StandaloneAdapter:
-    """Store the adapter's factors as the job does: cut by SVD to the smallest rank that meets the gate (with method
+    """Store the adapter's factors: cut by SVD to the smallest rank that meets the gate (with method
     svd to its rank, if that meets it), or ``whole``. Modules in which it is zero are left out."""
     dtype: torch.dtype = getattr(torch, method.dtype)
     stacks = {module: stack for module, pair in factors.items() if (stack := stack_factors([(0, pair)])) is not None}
@@ -40,6 +51,13 @@ def stand_alone(store: Store, factors: Mapping[str, Factors], method: Method, wh
         served=served_revision(mode, hash_tensors(tensors)),
         squared_errors={module: squared_difference(factors[module], stored[module]) for module in stacks},
     )
+
+
+def squared_difference(ours: Factors, theirs: Factors) -> float:
+    """||B A - B' A'||_F^2 in factored form and float64, clamped at 0."""
+    A = torch.cat([ours[0].double(), theirs[0].double()])
+    B = torch.cat([ours[1].double(), -theirs[1].double()], dim=1)
+    return max(factored_energy(A, B), 0.0)
 
 
 def _rounded(pair: Factors, dtype: torch.dtype) -> Factors:

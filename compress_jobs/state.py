@@ -15,11 +15,12 @@ from cluster.adapter import AdapterFiles, AdapterRecord
 from cluster.choose import Choice
 from cluster.manifest import Refused
 from cluster.store import Store
-from compress_jobs.assemble import AssembledCluster, StandaloneAdapter
+from compress_jobs.assemble import AssembledCluster
 from compress_jobs.cluster_adapters import Clustered
 from compress_jobs.context import JobContext
 from compress_jobs.fit_layer import LayerFit
 from compress_jobs.options import RunOptions
+from compress_jobs.standalone import StandaloneAdapter
 
 
 @dataclass(frozen=True)
