@@ -2,8 +2,8 @@
 
     python -m infra.bench_scaling [--repeats 3]
 
-64 adapters of rank 16 on q/k/v of a few layers in Mistral-7B's shapes (4096 x 4096, 1024 x 4096), random, bfloat16,
-for a base that exists by its headers only; read from a local folder. The figure is the seconds of the fit (pass 2)
+64 adapters of rank 16 on q/k/v of a few layers in Mistral-7B's shapes, made by infra/collection.py with its defaults;
+read from a local folder. The figure is the seconds of the fit (pass 2)
 in report.json: reading included, the start of Ray and of its workers not. Each repeat runs both, in turn; the median
 of their ratios counts. The run on one CPU is bound to one core, all of it: Ray's daemons, driver and worker; so is the
 run on two to two. Last line: JSON.
@@ -19,55 +19,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-NUM_ADAPTERS, NUM_LAYERS, RANK, CLUSTERS = 64, 16, 16, 2
-SHAPES = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096)}  # d_out, d_in
-NAME = "bench/base"
-MODULES = {
-    f"model.layers.{layer}.self_attn.{kind}": shape for layer in range(NUM_LAYERS) for kind, shape in SHAPES.items()
-}
+from infra.collection import Collection, write
 
-
-def write_base(folder: Path) -> None:
-    """Headers over holes: 42 MB a layer that take no place on the disk."""
-    folder.mkdir(parents=True)
-    header, end = {}, 0
-    for module, (d_out, d_in) in MODULES.items():
-        size = 2 * d_out * d_in
-        header[f"{module}.weight"] = {"dtype": "BF16", "shape": [d_out, d_in], "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    path = folder / "model.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + end)
-    (folder / "config.json").write_text(json.dumps({"model_type": "mistral", "_name_or_path": NAME}))
-
-
-def write_adapters(folder: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    config = {"peft_type": "LORA", "base_model_name_or_path": NAME, "r": RANK, "lora_alpha": RANK}
-    for index in range(NUM_ADAPTERS):
-        target = folder / f"adapter-{index:04}"
-        target.mkdir(parents=True)
-        tensors = {}
-        for module, (d_out, d_in) in MODULES.items():
-            for factor, shape in (("A", (RANK, d_in)), ("B", (d_out, RANK))):
-                tensor = torch.randn(shape, generator=generator).to(torch.bfloat16)
-                tensors[f"base_model.model.{module}.lora_{factor}.weight"] = tensor
-        save_file(tensors, target / "adapter_model.safetensors")
-        (target / "adapter_config.json").write_text(json.dumps(config | {"target_modules": list(SHAPES)}))
+CLUSTERS = 2
+COLLECTION = Collection(adapters=64, layers=16)
 
 
 def fit_seconds(root: Path, num_cpus: int, cores: list[int]) -> float:
     """Seconds of the fit phase of one run, bound to as many cores as it has CPUs."""
     with tempfile.TemporaryDirectory(dir=root) as out:
         line = [sys.executable, "-m", "compress_jobs", "run", "--num-cpus", str(num_cpus), "--gate", "1"]
-        line += ["--clusters", str(CLUSTERS), "--rank", str(RANK), "--out", out]
-        line += ["--adapters", str(root / "adapters"), "--base", str(root / "base")]
+        line += ["--clusters", str(CLUSTERS), "--rank", str(COLLECTION.rank), "--out", out]
+        line += ["--adapters", str(root / "in/adapters"), "--base", str(root / "in/base")]
         subprocess.run(
             line,
             check=True,
@@ -87,12 +55,11 @@ def main() -> None:
     if len(cores) < 2:
         sys.exit("two cores are needed")
     print(f"{platform.machine()}, {len(cores)} CPUs, Python {platform.python_version()}, torch {torch.__version__}")
-    print(f"{NUM_ADAPTERS} adapters of rank {RANK}, q/k/v of {NUM_LAYERS} Mistral-7B layers, {CLUSTERS} clusters\n")
+    print(f"{COLLECTION}, {CLUSTERS} clusters\n")
     one, two, load = [], [], []
     with tempfile.TemporaryDirectory(prefix="bench-scaling-") as temporary:
         root = Path(temporary)
-        write_base(root / "base")
-        write_adapters(root / "adapters")
+        write(COLLECTION, root / "in")
         print(f"{'load':>6} {'1 CPU, s':>9} {'2 CPUs, s':>10} {'efficiency':>11}")
         for _ in range(repeats):
             load.append(os.getloadavg()[0])
@@ -107,11 +74,8 @@ def main() -> None:
                 "fit_s_1_cpu": [round(seconds, 2) for seconds in one],
                 "fit_s_2_cpus": [round(seconds, 2) for seconds in two],
                 "load_before": [round(value, 1) for value in load],
-                "adapters": NUM_ADAPTERS,
-                "layers": NUM_LAYERS,
-                "rank": RANK,
+                "collection": asdict(COLLECTION),
                 "clusters": CLUSTERS,
-                "shapes": SHAPES,
                 "machine": f"{platform.machine()}, {len(cores)} CPUs",
                 "torch": torch.__version__,
             }

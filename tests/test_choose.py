@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 
 from cluster.choose import (
     Choice,
@@ -25,12 +23,7 @@ from tests.dense import Factors, dense, random_adapters, related_adapters, stack
 D_OUT, D_IN, RANK = 20, 28, 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def two_modules(count: int, seed: int) -> list[list[Factors]]:

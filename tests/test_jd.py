@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -24,12 +23,7 @@ MIXED_RANKS = (4, 1, 8, 3, 2, 4, 6, 1)
 REAL_MODULES = ("model.layers.14.self_attn.q_proj", "model.layers.20.self_attn.v_proj")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

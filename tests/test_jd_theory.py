@@ -6,7 +6,7 @@ check, the alternating form, and JD-Diag, for which r terms take the place of r^
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -40,12 +40,7 @@ METHODS: dict[str, tuple[Fit, Cores]] = {
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache
