@@ -1,0 +1,30 @@
+"""A home on its way from the engine to vLLM's workers: a folder of safetensors on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from cluster.layer import ModuleWeights
+
+_FILE = "home.safetensors"
+
+
+def write_home(folder: Path, weights: Mapping[str, ModuleWeights]) -> None:
+    tensors = {}
+    for module, own in weights.items():
+        tensors |= {f"{module}.U": own.U.contiguous(), f"{module}.V": own.V.contiguous()}
+        if own.cores is not None:
+            tensors[f"{module}.cores"] = own.cores.contiguous()
+    save_file(tensors, folder / _FILE)
+
+
+def read_home(folder: Path) -> dict[str, ModuleWeights]:
+    tensors = load_file(folder / _FILE)
+    modules = sorted({name.rpartition(".")[0] for name in tensors})
+    return {
+        module: ModuleWeights(tensors[f"{module}.U"], tensors[f"{module}.V"], tensors.get(f"{module}.cores"))
+        for module in modules
+    }

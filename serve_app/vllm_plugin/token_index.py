@@ -1,0 +1,106 @@
+"""Whose the tokens of a step are: LoRA ids in, places in the stacks out.
+
+Host work of a step is O(tokens + distinct adapters in the batch), whatever the number of adapters that could be
+asked for: an adapter that nobody asks for exists here not at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serve_app.vllm_plugin.settings import PluginSettings
+
+_PLACE = re.compile(r"cts:/(?P<home>.+)#(?P<slot>[0-9]+)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter's weights are: ``position`` is its basis in the stacks, ``slot`` its core there; a truncated
+    or raw adapter has no basis (None), and ``slot`` is vLLM's own LoRA slot."""
+
+    position: int | None
+    slot: int
+
+
+def write_path(home: str, slot: int) -> str:
+    """What a request carries as its ``lora_path``: of a LoRARequest only vLLM's own fields survive the wire."""
+    return f"cts:/{home}#{slot}"
+
+
+def read_path(path: str) -> tuple[str, int]:
+    match = _PLACE.fullmatch(path)
+    if match is None:
+        raise ValueError(f"LoRA path {path!r} was not written by this project's engine")
+    return match["home"], int(match["slot"])
+
+
+@dataclass(frozen=True)
+class PlaceGroup:
+    """Tokens that share a basis (``position``) or, where it is None, one LoRA slot. ``rows`` (T_g,) int64, None for
+    all tokens of the step; ``slots`` (T_g,) int64 are flat core indices (position x slots_per_cluster + slot)."""
+
+    position: int | None
+    rows: Tensor | None
+    slots: Tensor
+
+
+@dataclass
+class TokenIndex:
+    """The current step's, written by ``set`` between two forward passes and read by every layer.
+
+    Padded tokens read the buffers too, and so does a captured graph's warm-up: each entry is always a valid slot;
+    those without an adapter stand on the last one, which is always zero.
+    """
+
+    settings: PluginSettings
+    max_tokens: int
+    device: torch.device
+    groups: list[PlaceGroup] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.zero_slot = self.settings.num_clusters * self.settings.slots_per_cluster
+        self.core_slots = torch.full((self.max_tokens,), self.zero_slot, dtype=torch.int64, device=self.device)
+
+    def set(self, ids: Sequence[int], places: Mapping[int, Place]) -> tuple[int, ...]:
+        """``ids``: each token's LoRA id, 0 for the base. Returns each token's basis position + 1, 0 without one."""
+        unique, inverse = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+        found = [places[int(lora_id)] if lora_id > 0 else None for lora_id in unique]
+        slots = np.array([self._flat(place) for place in found], dtype=np.int64)
+        positions = np.array([_position(place) for place in found], dtype=np.int64)
+        if self.settings.products == "static":
+            self.core_slots.fill_(self.zero_slot)
+            self.core_slots[: len(inverse)].copy_(torch.from_numpy(slots[inverse]))
+        else:
+            self.groups = self._group(found, slots, inverse)
+        return tuple((positions + 1)[inverse].tolist())
+
+    def _group(self, found: Sequence[Place | None], slots: np.ndarray, inverse: np.ndarray) -> list[PlaceGroup]:
+        by_basis: dict[tuple[int | None, int], list[int]] = {}
+        for number, place in enumerate(found):
+            if place is not None:
+                # Those without a basis stand alone, by their slot.
+                by_basis.setdefault((place.position, -1 if place.position is not None else place.slot), []).append(number)
+        groups = []
+        for (position, slot), numbers in by_basis.items():
+            rows = np.flatnonzero(np.isin(inverse, numbers))
+            chosen = slots[inverse[rows]] if position is not None else np.full(len(rows), slot)
+            everyone = len(rows) == len(inverse)
+            groups.append(
+                PlaceGroup(position, None if everyone else torch.from_numpy(rows), torch.from_numpy(chosen))
+            )
+        return groups
+
+    def _flat(self, place: Place | None) -> int:
+        if place is None or place.position is None:
+            return self.zero_slot
+        return place.position * self.settings.slots_per_cluster + place.slot
+
+
+def _position(place: Place | None) -> int:
+    return -1 if place is None or place.position is None else place.position

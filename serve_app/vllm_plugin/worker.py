@@ -1,0 +1,32 @@
+"""What the engine asks of vLLM's workers, by ``collective_rpc``: vLLM mixes this class into its worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.errors import BundleError
+
+
+class HomeWorker:
+    """An expected failure is returned as text, not raised: it is the home's, and the worker goes on."""
+
+    model_runner: Any
+
+    def attach_home(self, home: str, folder: str) -> str | None:
+        try:
+            self.model_runner.lora_manager.attach(home, folder)
+        except BundleError as error:
+            return str(error)
+        return None
+
+    def detach_home(self, home: str) -> None:
+        self.model_runner.lora_manager.detach(home)
+
+    def resident_bytes(self) -> int:
+        """Bytes of all stacks and LoRA slots of this worker."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        tensors = []
+        for name, layer in manager.modules.items():
+            stack = manager.stacks[name]
+            tensors += [stack.V, *stack.U, stack.cores, *layer.lora_a_stacked, *layer.lora_b_stacked]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
