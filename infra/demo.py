@@ -1,6 +1,7 @@
 """The main job in one go, on the adapters that this repository ships.
 
 make demo     compress them, serve them, ask each its held-out questions, compare with PEFT
+make demo ENGINE=vllm    the same, served by vLLM's CPU build
 make serve    leave the application running;  make stop  ends it
 """
 
@@ -28,6 +29,7 @@ REPOSITORY = Path(__file__).parent.parent
 ZOO = REPOSITORY / "infra" / "zoo"
 BASE = REPOSITORY / "build" / "base"
 SERVED = REPOSITORY / "build" / "served"  # what `make serve` publishes, its process id and log
+ENGINE = os.environ.get("ENGINE", "transformers")
 NUM_CLUSTERS, RANK = 2, 16
 QUESTIONS_EACH = 16
 MAX_TOKENS = 24
@@ -87,7 +89,15 @@ def running_application(out: Path, port: int) -> Iterator[Any]:
         outcome = job.run(prepared)
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(
-            build({"bundle": str(out), "base": str(BASE), "device": "cpu", "placement": {"num_cpus": num_cpus - 0.5}}),
+            build(
+                {
+                    "bundle": str(out),
+                    "base": str(BASE),
+                    "engine": ENGINE,
+                    "device": "cpu",
+                    "placement": {"num_cpus": num_cpus - 0.5},
+                }
+            ),
             name="compress-then-serve",
         )
         yield outcome

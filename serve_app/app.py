@@ -19,6 +19,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.base import read_base
 from cluster.bundle import Bundle
+from cluster.errors import ConfigError
 from cluster.manifest import Manifest
 from cluster.store import open_store
 from serve_app.arguments import Arguments, parse_arguments
@@ -26,6 +27,7 @@ from serve_app.base_files import check_base, is_hub_id
 from serve_app.group_replica import GroupReplica, ReplicaSpec
 from serve_app.http_api import make_api
 from serve_app.placement import Group, check_fit, count_needs, home_sizes, plan_groups
+from serve_app.vllm_plugin.compatibility import NOT_INSTALLED, vllm_version
 from serve_app.router import Router, RouterSpec
 
 ROUTER_CPUS = 0.1
@@ -47,7 +49,8 @@ def build(args: dict[str, Any]) -> Application:
     device = choose_device(arguments.device)
     dtype = arguments.dtype if arguments.dtype != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device]
     groups = plan(arguments, bundle.manifest, base, device, dtype)
-    specs = [replica_spec(arguments, bundle, base, group, device, dtype) for group in groups]
+    engine = choose_engine(arguments.engine)
+    specs = [replica_spec(arguments, bundle, base, group, engine, device, dtype) for group in groups]
     handles = {
         spec.name: replica_deployment(arguments, spec, group.replicas).bind(spec)
         for spec, group in zip(specs, groups, strict=True)
@@ -90,13 +93,16 @@ def plan(arguments: Arguments, manifest: Manifest, base: str, device: str, dtype
     return groups
 
 
-def replica_spec(arguments: Arguments, bundle: Bundle, base: str, group: Group, device: str, dtype: str) -> ReplicaSpec:
+def replica_spec(
+    arguments: Arguments, bundle: Bundle, base: str, group: Group, engine: str, device: str, dtype: str
+) -> ReplicaSpec:
     return ReplicaSpec(
         name=group.name,
         bundle=bundle.address,
         revision=bundle.manifest.revision,
         base=base,
         homes=group.homes,
+        engine=engine,
         device=device,
         dtype=dtype,
         max_batch=arguments.limits.max_batch,
@@ -120,6 +126,16 @@ def replica_deployment(arguments: Arguments, spec: ReplicaSpec, replicas: int) -
         # The router asks for the status every second.
         logging_config=LoggingConfig(enable_access_log=False),
     )
+
+
+def choose_engine(engine: str) -> str:
+    """vLLM where it is installed, else transformers. Raises ConfigError for a vLLM that is asked for and not there:
+    better here, by name, than in each replica's log."""
+    if engine == "auto":
+        return "vllm" if vllm_version() is not None else "transformers"
+    if engine == "vllm" and vllm_version() is None:
+        raise ConfigError(NOT_INSTALLED)
+    return engine
 
 
 def choose_device(device: str) -> str:

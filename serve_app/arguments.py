@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 from cluster.errors import ConfigError
 from cluster.units import parse_size
 
-ENGINES = ("auto", "transformers")
+ENGINES = ("auto", "transformers", "vllm")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

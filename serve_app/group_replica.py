@@ -6,29 +6,37 @@ and requests to it hang. What failed is in ``status``, and the router answers 50
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 from cluster.bundle import Bundle
 from cluster.errors import CtsError, EngineStopped, StoreError
 from serve_app.base_files import resolve_base
 from serve_app.engine.protocol import Engine, EngineHealth, GenerationChunk, GenerationRequest
+from serve_app.placement import count_needs
+
+# A sequence's last block is part empty; this is vLLM's largest on a CPU.
+_KV_BLOCK_TOKENS = 128
 
 logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
 class ReplicaSpec:
-    """What a replica needs to start. ``bundle`` and ``revision`` are pinned; ``dtype`` and ``device`` resolved."""
+    """What a replica needs to start. ``bundle`` and ``revision`` are pinned; ``engine``, ``dtype``
+    and ``device`` resolved."""
 
     name: str
     bundle: str
     revision: int
     base: str
     homes: tuple[str, ...]
+    engine: str
     device: str
     dtype: str
     max_batch: int
@@ -83,23 +91,31 @@ class GroupReplica:
 
 def make_engine(spec: ReplicaSpec) -> Engine:
     """Opens the bundle and brings the base's files here; loads neither."""
-    # Here, because the router and the application's builder import this file and need no model library.
+    # Imported here, because the router and the application's builder import this file and need no model library.
+    bundle = Bundle.open(spec.bundle, spec.revision)
+    base = resolve_base(spec.base, bundle.manifest.base)
+    common: dict[str, Any] = {
+        "device": spec.device,
+        "dtype": spec.dtype,
+        "max_batch": spec.max_batch,
+        "max_model_len": spec.max_model_len,
+        "num_threads": spec.num_threads,
+    }
+    if spec.engine == "vllm":
+        from serve_app.engine.vllm_engine import VllmEngine, VllmSettings
+
+        settings = VllmSettings(**common, kv_bytes=_kv_bytes(base, spec))
+        return VllmEngine(base, bundle.serving_map, spec.homes, bundle.load_home, settings)
     from serve_app.engine.transformers_engine import EngineSettings, TransformersEngine
 
-    bundle = Bundle.open(spec.bundle, spec.revision)
-    return TransformersEngine(
-        base=resolve_base(spec.base, bundle.manifest.base),
-        serving_map=bundle.serving_map,
-        homes=spec.homes,
-        load_home=bundle.load_home,
-        settings=EngineSettings(
-            device=spec.device,
-            dtype=spec.dtype,
-            max_batch=spec.max_batch,
-            max_model_len=spec.max_model_len,
-            num_threads=spec.num_threads,
-        ),
-    )
+    return TransformersEngine(base, bundle.serving_map, spec.homes, bundle.load_home, EngineSettings(**common))
+
+
+def _kv_bytes(base: Path, spec: ReplicaSpec) -> int:
+    """Keys and values of a full batch, as the placement counts them, in vLLM's blocks."""
+    config = json.loads((base / "config.json").read_text())
+    needs = count_needs(config, 0, spec.dtype, spec.max_batch + 1, spec.max_model_len + _KV_BLOCK_TOKENS)
+    return needs.kv_bytes
 
 
 def _as_generator(chunks: AsyncIterator[GenerationChunk]) -> AsyncGenerator[GenerationChunk, None]:

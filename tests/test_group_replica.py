@@ -29,6 +29,7 @@ def spec(tmp_path: Path, base_path: Path, zoo_path: Path) -> ReplicaSpec:
         revision=0,
         base=str(tmp_path / "no-base"),
         homes=("factors:add",),
+        engine="transformers",
         device="cpu",
         dtype="float32",
         max_batch=1,

