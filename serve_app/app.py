@@ -27,8 +27,8 @@ from serve_app.base_files import check_base, is_hub_id
 from serve_app.group_replica import GroupReplica, ReplicaSpec
 from serve_app.http_api import make_api
 from serve_app.placement import Group, check_fit, count_needs, home_sizes, plan_groups
-from serve_app.vllm_plugin.compatibility import NOT_INSTALLED, vllm_version
 from serve_app.router import Router, RouterSpec
+from serve_app.vllm_plugin.compatibility import NOT_INSTALLED, vllm_version
 
 ROUTER_CPUS = 0.1
 # Status and health calls, and answers being cancelled, come on top of what the router lets through. Serve's

@@ -282,7 +282,11 @@ def test_a_cluster_with_a_flipped_byte_is_503_for_its_adapters_and_the_other_clu
     members = {name: {adapter: zoo_path / adapter for adapter in CLUSTERS[name]} for name in ("0", "2")}
     manifest = write_bundle(tmp_path, base_path, members, {})
     flip_a_byte(tmp_path / object_key(manifest.clusters["0"].basis))
-    serve.run(build({"bundle": str(tmp_path), "base": str(base_path), "engine": ENGINE}), name="halved", route_prefix="/halved")
+    serve.run(
+        build({"bundle": str(tmp_path), "base": str(base_path), "engine": ENGINE}),
+        name="halved",
+        route_prefix="/halved",
+    )
     halved = App("halved", port, "/halved")
     wait_until(lambda: halved.call("GET", "/ready")[0] == 200)
     for adapter in CLUSTERS["0"]:
@@ -454,7 +458,11 @@ def test_a_base_that_cannot_be_loaded_is_503_with_the_reason_and_no_failed_deplo
     for file in base_path.iterdir():
         if not file.name.startswith("tokenizer"):
             (tmp_path / file.name).symlink_to(file)
-    serve.run(build({"bundle": str(bundle.path), "base": str(tmp_path), "engine": ENGINE}), name="baseless", route_prefix="/baseless")
+    serve.run(
+        build({"bundle": str(bundle.path), "base": str(tmp_path), "engine": ENGINE}),
+        name="baseless",
+        route_prefix="/baseless",
+    )
     baseless = App("baseless", port, "/baseless")
     wait_until(lambda: "did not start" in str(baseless.call("GET", "/ready")[2]["homes"]))
     for model in ("add", BASE):

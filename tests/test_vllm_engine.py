@@ -192,9 +192,7 @@ def test_a_raw_adapters_slot_is_emptied_and_used_again(running: Running, oracle:
     assert running.tokens(ask(RAW), ask(None)) == [oracle[RAW], oracle[None]]
 
 
-def test_detach_waits_for_requests_that_run_on_the_home(
-    running: Running, oracle: dict[str | None, list[int]]
-) -> None:
+def test_detach_waits_for_requests_that_run_on_the_home(running: Running, oracle: dict[str | None, list[int]]) -> None:
     """The trap: an adapter that is removed under a running request is loaded again from nowhere, and vLLM dies."""
 
     async def detach_under_load() -> int:

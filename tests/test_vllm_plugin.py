@@ -36,7 +36,9 @@ class Kernels:
         for t, i in itertools.product([t for t, number in enumerate(self.ids) if number], range(len(A))):
             out[i, t] += scale * (A[i][self.ids[t] - 1, 0].float() @ x[t].float())
 
-    def add_expand(self, out: Tensor, h: Tensor, B: tuple[Tensor, ...], sizes: tuple[int, ...], add_inputs: bool) -> None:
+    def add_expand(
+        self, out: Tensor, h: Tensor, B: tuple[Tensor, ...], sizes: tuple[int, ...], add_inputs: bool
+    ) -> None:
         assert add_inputs
         for t in [t for t, number in enumerate(self.ids) if number]:
             start = 0

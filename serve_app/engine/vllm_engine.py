@@ -101,7 +101,7 @@ class VllmEngine:
         for home, weights in loaded.items():
             try:
                 await self._hand_over(home, weights)
-            except BundleError as error:
+            except Exception as error:
                 logger.warning("home %s is unavailable: %s", home, error)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
@@ -190,15 +190,17 @@ class VllmEngine:
         return weights
 
     async def _hand_over(self, home: str, weights: HomeWeights) -> None:
-        """Into every worker. Raises BundleError, with the same words in ``health``."""
-        with tempfile.TemporaryDirectory(prefix="cts-home-") as folder:
-            await asyncio.to_thread(write_home, Path(folder), weights)
-            answers = await self._llm.collective_rpc("attach_home", args=(home, folder))
-        failures = [answer for answer in answers if answer is not None]
-        if failures:
-            await self._llm.collective_rpc("detach_home", args=(home,))
-            self._homes[home] = f"BundleError: {failures[0]}"
-            raise BundleError(failures[0])
+        """Into every worker. Raises what went wrong, with the same words in ``health``."""
+        try:
+            with tempfile.TemporaryDirectory(prefix="cts-home-") as folder:
+                await asyncio.to_thread(write_home, Path(folder), weights)
+                answers = await self._llm.collective_rpc("attach_home", args=(home, folder))
+            if failures := [answer for answer in answers if answer is not None]:
+                await self._llm.collective_rpc("detach_home", args=(home,))
+                raise BundleError(failures[0])
+        except Exception as error:
+            self._homes[home] = f"{type(error).__name__}: {error}"
+            raise
         self._homes[home] = "ready"
 
     # vLLM.

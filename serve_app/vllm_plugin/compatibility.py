@@ -92,7 +92,9 @@ def check() -> None:
             + (f" and {len(missing) - 1} more names that the plugin uses" if len(missing) > 1 else "")
             + f"; it was tried with {tested}: install one of these, or set engine to transformers"
         )
-    if not any(entry.value == "serve_app.vllm_plugin:register" for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)):
+    if not any(
+        entry.value == "serve_app.vllm_plugin:register" for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)
+    ):
         # vLLM would start without our plugin. An egg-info of an older checkout in the working directory does this too.
         raise ConfigError(
             f"engine vllm: the entry point {ENTRY_POINTS} of this project is not installed; install the project again "

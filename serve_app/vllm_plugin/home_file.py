@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.layer import ModuleWeights
@@ -15,10 +16,13 @@ _FILE = "home.safetensors"
 def write_home(folder: Path, weights: Mapping[str, ModuleWeights]) -> None:
     tensors = {}
     for module, own in weights.items():
-        tensors |= {f"{module}.U": own.U.contiguous(), f"{module}.V": own.V.contiguous()}
+        tensors |= {f"{module}.U": own.U, f"{module}.V": own.V}
         if own.cores is not None:
-            tensors[f"{module}.cores"] = own.cores.contiguous()
-    save_file(tensors, folder / _FILE)
+            tensors[f"{module}.cores"] = own.cores
+    # Cloned, for safetensors refuses tensors that share memory.
+    save_file(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, folder / _FILE
+    )
 
 
 def read_home(folder: Path) -> dict[str, ModuleWeights]:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -68,7 +67,9 @@ class HomeModelManager(LRUCacheLoRAModelManager):
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
         for name, layer in self.modules.items():
-            if not isinstance(layer, BaseLinearLayerWithLoRA) or len(layer.output_slices) != len(self.slice_names(name)):
+            if not isinstance(layer, BaseLinearLayerWithLoRA) or len(layer.output_slices) != len(
+                self.slice_names(name)
+            ):
                 raise ConfigError(
                     f"engine vllm: layer {name} is a {type(layer).__name__}, in which compressed adapters were not "
                     "tried; set engine to transformers"
@@ -107,9 +108,7 @@ class HomeModelManager(LRUCacheLoRAModelManager):
             return
         positions = self.index.set(mapping.index_mapping, self.places)
         if self.settings.products == "static":
-            of_factors = {
-                lora_id: place.slot + 1 for lora_id, place in self.places.items() if place.position is None
-            }
+            of_factors = {lora_id: place.slot + 1 for lora_id, place in self.places.items() if place.position is None}
             update_kernels(self.kernels, [of_factors.get(i, 0) for i in mapping.index_mapping], self.lora_slots)
             if self.settings.num_clusters > 1:
                 update_kernels(self.basis_kernels, positions, self.settings.num_clusters + 1)
@@ -211,8 +210,10 @@ class HomeModelManager(LRUCacheLoRAModelManager):
                     )
             num_cores = 0 if own.cores is None else own.cores.shape[0]
             is_diagonal = own.cores is not None and own.cores.dim() == 2
-            if max(r_U, r_V) > room or num_cores > self.settings.slots_per_cluster or (
-                is_cluster and is_diagonal != self.settings.is_diagonal
+            if (
+                max(r_U, r_V) > room
+                or num_cores > self.settings.slots_per_cluster
+                or (is_cluster and is_diagonal != self.settings.is_diagonal)
             ):
                 raise BundleError(
                     f"home {home!r}: module {module!r} has rank {max(r_U, r_V)} and {num_cores} "
@@ -286,7 +287,7 @@ def update_kernels(kernels: Any, ids: Sequence[int], num_slots: int) -> None:
     """Point vLLM's shrink and expand at slot ids[t] - 1 for each token, at none for 0."""
     mapping = LoRAMapping(tuple(ids), tuple(ids), is_prefill=True)
     # vLLM's own convention: one more than the slots that hold something.
-    kernels.update_metadata(mapping, list(range(1, num_slots)) + [None], num_slots + 1, 0)
+    kernels.update_metadata(mapping, [*list(range(1, num_slots)), None], num_slots + 1, 0)
 
 
 def add_factors(out: Tensor, x: Tensor, rows: Tensor | None, layer: Any, slot: int) -> None:

@@ -85,15 +85,15 @@ class TokenIndex:
         for number, place in enumerate(found):
             if place is not None:
                 # Those without a basis stand alone, by their slot.
-                by_basis.setdefault((place.position, -1 if place.position is not None else place.slot), []).append(number)
+                by_basis.setdefault((place.position, -1 if place.position is not None else place.slot), []).append(
+                    number
+                )
         groups = []
         for (position, slot), numbers in by_basis.items():
             rows = np.flatnonzero(np.isin(inverse, numbers))
             chosen = slots[inverse[rows]] if position is not None else np.full(len(rows), slot)
             everyone = len(rows) == len(inverse)
-            groups.append(
-                PlaceGroup(position, None if everyone else torch.from_numpy(rows), torch.from_numpy(chosen))
-            )
+            groups.append(PlaceGroup(position, None if everyone else torch.from_numpy(rows), torch.from_numpy(chosen)))
         return groups
 
     def _flat(self, place: Place | None) -> int:
