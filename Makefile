@@ -68,10 +68,9 @@ test: $(READY) $(BASE)
 test-slow: $(READY) $(BASE)
 	$(BIN)/python -m pytest -m "slow and not vllm" $(PYTEST_ARGS)
 
-# The HTTP tests are run once more, on this engine.
+# The HTTP tests run on this engine with: ENGINE=vllm .venv-vllm/bin/python -m pytest tests/test_http.py
 test-vllm: $(VLLM_READY) $(BASE)
 	$(VLLM_BIN)/python -m pytest -m vllm $(PYTEST_ARGS)
-	ENGINE=vllm $(VLLM_BIN)/python -m pytest tests/test_http.py $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -33,7 +33,7 @@ CLUSTERS = {
 }
 RAW = {"first-letter": "first-letter", "broken": "country-id"}
 MODELS = [BASE, "first-letter", *(adapter_id for members in CLUSTERS.values() for adapter_id in members)]
-# `make test-vllm` runs this file once more, with vllm.
+# ENGINE=vllm runs this file on the other engine.
 ENGINE = os.environ.get("ENGINE", "transformers")
 PATIENCE_S = 60.0 if ENGINE == "transformers" else 180.0
 

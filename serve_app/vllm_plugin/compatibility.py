@@ -120,5 +120,6 @@ def check_settings(vllm_config: Any, model: Any) -> None:
     for setting, is_set in refused.items():
         if is_set:
             raise ConfigError(
-                f"engine vllm: compressed adapters were not tried with {setting}; change it, or set engine to transformers"
+                f"engine vllm: compressed adapters were not tried with {setting}; change it, or set engine to "
+                "transformers"
             )

@@ -14,7 +14,7 @@ _FILE = "home.safetensors"
 
 
 def write_home(folder: Path, weights: Mapping[str, ModuleWeights]) -> None:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for module, own in weights.items():
         tensors |= {f"{module}.U": own.U, f"{module}.V": own.V}
         if own.cores is not None:

@@ -47,6 +47,7 @@ class HomeModelManager(LRUCacheLoRAModelManager):
         self.stacks: dict[str, BasisStack] = {}
         self.positions: list[str | None] = [None] * settings.num_clusters  # -> home
         self.factor_slots: list[str | None] = [None] * settings.num_factor_slots
+        self._last_mapping: LoRAMapping | None = None
         self.places: dict[int, Place] = {}  # LoRA id -> place, of the batch in hand
         super().__init__(*args, **kwargs)
 
@@ -182,7 +183,8 @@ class HomeModelManager(LRUCacheLoRAModelManager):
 
     def slice_names(self, name: str) -> Sequence[str]:
         """The modules of the base that the layer ``name`` packs, in order; itself where it packs none."""
-        return self.packed_modules.get(name, [name])
+        packed: Sequence[str] = self.packed_modules.get(name, [name])
+        return packed
 
     def check(self, home: str, weights: dict[str, ModuleWeights], is_cluster: bool) -> None:
         d_ins, d_outs = {}, {}
@@ -305,7 +307,8 @@ def shard(layer: Any, slice_index: int, weights: ModuleWeights | None) -> Module
     if layer.n_slices == 1:
         A, B = layer.slice_lora_a(weights.V.T), layer.slice_lora_b(weights.U)
     else:
-        packed_A, packed_B = ([None] * layer.n_slices for _ in range(2))
+        packed_A: list[Tensor | None] = [None] * layer.n_slices
+        packed_B: list[Tensor | None] = [None] * layer.n_slices
         packed_A[slice_index], packed_B[slice_index] = weights.V.T, weights.U
         A, B = layer.slice_lora_a(packed_A)[slice_index], layer.slice_lora_b(packed_B)[slice_index]
     return ModuleWeights(U=B, V=A.T, cores=weights.cores)
