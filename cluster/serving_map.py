@@ -6,6 +6,7 @@ A **home** is what must be resident for an adapter to be answered: ``cluster:0``
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -64,6 +65,13 @@ class ServingMap:
             return self.adapters[adapter_id]
         except KeyError:
             raise UnknownAdapter(f"adapter {adapter_id!r} is not in the serving map") from None
+
+    def num_slots(self) -> Counter[str]:
+        """Home -> the slots that its adapters need of it: one more than the highest."""
+        needed: Counter[str] = Counter()
+        for served in self.adapters.values():
+            needed[served.home] = max(needed[served.home], served.slot + 1)
+        return needed
 
     def homes(self) -> list[str]:
         """Every home once, clusters first."""

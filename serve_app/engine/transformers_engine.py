@@ -97,9 +97,7 @@ class TransformersEngine:
         self._base_path, self._serving_map, self._first_homes = base, serving_map, tuple(homes)
         self._load_home, self._settings = load_home, settings
         self._device, self._dtype = torch.device(settings.device), _DTYPES[settings.dtype]
-        self._num_slots: Counter[str] = Counter()
-        for served in serving_map.adapters.values():
-            self._num_slots[served.home] = max(self._num_slots[served.home], served.slot + 1)
+        self._num_slots = serving_map.num_slots()
 
         # All below is shared between threads and guarded by _news, which is never held during a forward pass.
         self._news = threading.Condition()

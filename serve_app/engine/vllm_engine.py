@@ -72,9 +72,7 @@ class VllmEngine:
         self._load_home, self._settings = load_home, settings
         # vLLM knows LoRAs by a positive number; what a number stands for is in the request itself.
         self._ids = {adapter: number for number, adapter in enumerate(sorted(serving_map.adapters), start=1)}
-        self._num_slots: Counter[str] = Counter()
-        for served in serving_map.adapters.values():
-            self._num_slots[served.home] = max(self._num_slots[served.home], served.slot + 1)
+        self._num_slots = serving_map.num_slots()
         self._homes = dict.fromkeys(homes, "not loaded yet")
         self._in_flight: Counter[str | None] = Counter()
         self._left = asyncio.Condition()

@@ -289,7 +289,7 @@ def update_kernels(kernels: Any, ids: Sequence[int], num_slots: int) -> None:
     """Point vLLM's shrink and expand at slot ids[t] - 1 for each token, at none for 0."""
     mapping = LoRAMapping(tuple(ids), tuple(ids), is_prefill=True)
     # vLLM's own convention: one more than the slots that hold something.
-    kernels.update_metadata(mapping, [*list(range(1, num_slots)), None], num_slots + 1, 0)
+    kernels.update_metadata(mapping, [*range(1, num_slots), None], num_slots + 1, 0)
 
 
 def add_factors(out: Tensor, x: Tensor, rows: Tensor | None, layer: Any, slot: int) -> None:
