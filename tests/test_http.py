@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from cluster.errors import BaseModelError, PlacementError
 from cluster.manifest import Manifest
 from serve_app.app import build
 from tests.bundles import flip_a_byte, write_bundle
+from tests.serving import ENGINE, PATIENCE_S
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CLUSTERS = {
@@ -33,9 +33,6 @@ CLUSTERS = {
 }
 RAW = {"first-letter": "first-letter", "broken": "country-id"}
 MODELS = [BASE, "first-letter", *(adapter_id for members in CLUSTERS.values() for adapter_id in members)]
-# ENGINE=vllm runs this file on the other engine.
-ENGINE = os.environ.get("ENGINE", "transformers")
-PATIENCE_S = 60.0 if ENGINE == "transformers" else 180.0
 
 
 @dataclass(frozen=True)

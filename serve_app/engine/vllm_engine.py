@@ -205,7 +205,7 @@ class VllmEngine:
 
     def _make_llm(self, loaded: Mapping[str, HomeWeights]) -> tuple[Any, Any]:
         settings = self._settings
-        _set_environment(settings)
+        shared = base_options(self._base_path, settings)
         from transformers import AutoTokenizer
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -224,22 +224,8 @@ class VllmEngine:
                 "additional_config": plugin.to_config(),
                 "worker_extension_cls": "serve_app.vllm_plugin.worker.HomeWorker",
             }
-        if settings.device == "cpu":
-            options |= {"kv_cache_memory_bytes": settings.kv_bytes, "enforce_eager": True}
         tokenizer = AutoTokenizer.from_pretrained(self._base_path, local_files_only=True, trust_remote_code=False)
-        args = AsyncEngineArgs(
-            model=str(self._base_path),
-            load_format="safetensors",
-            dtype=settings.dtype,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_batch,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            enable_prefix_caching=True,
-            trust_remote_code=False,
-            generation_config="vllm",  # sampling is what the request says, no file's defaults
-            disable_log_stats=True,
-            **options,
-        )
+        args = AsyncEngineArgs(**shared, **options)
         return AsyncLLM.from_engine_args(args), tokenizer
 
     def _plugin_settings(self, loaded: Mapping[str, HomeWeights]) -> PluginSettings:
@@ -315,6 +301,32 @@ class VllmEngine:
         return EngineStopped(f"vLLM: {type(error).__name__}: {error}")
 
 
+def base_options(base: Path, settings: VllmSettings) -> dict[str, Any]:
+    """vLLM's own arguments for ``base`` alone; the adapters' come on top. Sets the environment of this process and of
+    those that vLLM starts: before vLLM is imported, which reads it then."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    options: dict[str, Any] = {}
+    if settings.device == "cpu":
+        # Replicas share a machine: bound threads would all sit on the first cores.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if settings.num_threads is not None:
+            os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
+        options = {"kv_cache_memory_bytes": settings.kv_bytes, "enforce_eager": True}
+    return options | {
+        "model": str(base),
+        "load_format": "safetensors",
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_batch,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enable_prefix_caching": True,
+        "trust_remote_code": False,
+        "generation_config": "vllm",  # sampling is what the request says, no file's defaults
+        "disable_log_stats": True,
+    }
+
+
 def _check_weights(home: str, module: str, own: Any, num_slots: int) -> None:
     if own.cores is not None and own.cores.shape[0] < num_slots:
         raise BundleError(
@@ -334,14 +346,3 @@ def _largest_rank(loaded: Mapping[str, HomeWeights], kind: str) -> int:
         for own in weights.values()
     ]
     return max(ranks, default=1)
-
-
-def _set_environment(settings: VllmSettings) -> None:
-    """Of this process and the ones that vLLM starts."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    if settings.device == "cpu":
-        # Replicas share a machine: bound threads would all sit on the first cores.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        if settings.num_threads is not None:
-            os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
