@@ -98,10 +98,8 @@ def test_each_token_gets_its_own_adapters_delta_and_no_other(batch: str, product
     x, out = torch.randn(len(ids), D_IN), torch.zeros(len(ids), sum(D_OUTS))
     if products == "static":
         stack.add_static(out, x, index.core_slots[: len(ids)], Kernels(positions))
-    else:
-        for group in index.groups:
-            if group.position is not None:
-                stack.add_group(out, x, group)
+    elif index.on_bases is not None:
+        stack.add_grouped(out, x, index.on_bases)
     want = expected(x, [places.get(number) for number in ids], clusters)
     torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-3)
     untouched = [t for t, number in enumerate(ids) if number in (0, 13)]

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from cluster.layer import ModuleWeights
 from serve_app.vllm_plugin.settings import PluginSettings
-from serve_app.vllm_plugin.token_index import PlaceGroup
+from serve_app.vllm_plugin.token_index import BasisTokens
 
 
 class BasisStack:
@@ -32,6 +32,8 @@ class BasisStack:
         self.V = torch.zeros(C + 1, 1, n * R, d_in, dtype=dtype, device=device)
         self.U = tuple(torch.zeros(C + 1, 1, d_out, R, dtype=dtype, device=device) for d_out in d_outs)
         core_shape = (R,) if settings.is_diagonal else (R, R)
+        self._V_T = [self.V[position, 0].T for position in range(C)]
+        self._U_T = [[U[position, 0].T for position in range(C)] for U in self.U]
         self.cores = torch.zeros(C * settings.slots_per_cluster + 1, n, *core_shape, dtype=dtype, device=device)
 
     def put(self, position: int, slices: Sequence[ModuleWeights | None]) -> None:
@@ -55,17 +57,36 @@ class BasisStack:
         for U in self.U:
             U[position].zero_()
 
-    def add_group(self, out: Tensor, x: Tensor, group: PlaceGroup) -> None:
-        """Semantics, for every token t of the group (its position c, its core s) and slice i:
+    def add_grouped(self, out: Tensor, x: Tensor, tokens: BasisTokens) -> None:
+        """Semantics, for each of the tokens t (its position c, its core s) and slice i:
 
             out_i[t] += U_i[c] S_i[s] V_i[c]^T x[t]
 
-        out (T, sum of d_out_i) is changed in place; x (T, d_in); both of the stack's dtype. No other basis is touched.
+        out (T, sum of d_out_i) is changed in place; x (T, d_in); both of the stack's dtype. A token meets its own basis
+        only. With 32 tokens on 25 bases most products have one or two rows: what counts is how few calls there are,
+        so all write into one buffer, the cores are one product for all, and nothing is sliced anew.
         """
-        assert group.position is not None
-        rows = x if group.rows is None else x.index_select(0, group.rows)
-        mixed = self._mix(linear(rows, self.V[group.position, 0]), group.slots)
-        add_slices(out, group.rows, [(mixed[:, i], self.U[i][group.position, 0]) for i in range(self.num_slices)])
+        rows = x if tokens.rows is None else x.index_select(0, tokens.rows)
+        h = rows.new_empty(len(rows), self.num_slices * self.rank)
+        for position, own, target in zip(
+            tokens.positions, rows.split_with_sizes(tokens.sizes), h.split_with_sizes(tokens.sizes), strict=True
+        ):
+            torch.mm(own, self._V_T[position], out=target)
+        mixed = self._mix(h, tokens.slots)
+        if tokens.rows is None:
+            add_slices(out, None, [(mixed[:, i], self.U[i][tokens.positions[0], 0]) for i in range(self.num_slices)])
+            return
+        delta = out.new_empty(len(rows), out.shape[1])
+        for i, columns in enumerate(delta.split_with_sizes(self.d_outs, dim=1)):
+            parts = zip(
+                tokens.positions,
+                mixed[:, i].split_with_sizes(tokens.sizes),
+                columns.split_with_sizes(tokens.sizes),
+                strict=True,
+            )
+            for position, own, target in parts:
+                torch.mm(own, self._U_T[i][position], out=target)
+        out.index_add_(0, tokens.rows, delta)
 
     def add_static(self, out: Tensor, x: Tensor, core_slots: Tensor, kernels: Any) -> None:
         """The same for all tokens at once, by their core (T,), without a look at the batch's content. With several

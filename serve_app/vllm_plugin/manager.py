@@ -88,11 +88,10 @@ class HomeModelManager(LRUCacheLoRAModelManager):
 
         def apply_grouped(layer: Any, x: Tensor, out: Tensor) -> Tensor:
             flat_x, flat_out = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-            for group in index.groups:
-                if group.position is not None:
-                    stack.add_group(flat_out, flat_x, group)
-                else:
-                    add_factors(flat_out, flat_x, group.rows, layer, int(group.slots[0]))
+            if index.on_bases is not None:
+                stack.add_grouped(flat_out, flat_x, index.on_bases)
+            for own in index.on_factors:
+                add_factors(flat_out, flat_x, own.rows, layer, own.slot)
             return out
 
         def apply_static(layer: Any, x: Tensor, out: Tensor) -> Tensor:

@@ -41,13 +41,25 @@ def read_path(path: str) -> tuple[str, int]:
 
 
 @dataclass(frozen=True)
-class PlaceGroup:
-    """Tokens that share a basis (``position``) or, where it is None, one LoRA slot. ``rows`` (T_g,) int64, None for
-    all tokens of the step; ``slots`` (T_g,) int64 are flat core indices (position x slots_per_cluster + slot)."""
+class BasisTokens:
+    """A step's tokens on bases, those of one basis next to each other: ``sizes[k]`` of them on ``positions[k]``.
 
-    position: int | None
+    ``rows`` (T_b,) int64 are their rows in the step, None where they are all of it, as they stand; ``slots`` (T_b,)
+    int64 their flat core indices (position x slots_per_cluster + slot), in the same order.
+    """
+
+    positions: tuple[int, ...]
+    sizes: tuple[int, ...]
     rows: Tensor | None
     slots: Tensor
+
+
+@dataclass(frozen=True)
+class FactorTokens:
+    """The tokens of one truncated or raw adapter; ``rows`` as in BasisTokens."""
+
+    slot: int
+    rows: Tensor | None
 
 
 @dataclass
@@ -61,7 +73,8 @@ class TokenIndex:
     settings: PluginSettings
     max_tokens: int
     device: torch.device
-    groups: list[PlaceGroup] = field(default_factory=list)
+    on_bases: BasisTokens | None = None
+    on_factors: list[FactorTokens] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.zero_slot = self.settings.num_clusters * self.settings.slots_per_cluster
@@ -77,24 +90,33 @@ class TokenIndex:
             self.core_slots.fill_(self.zero_slot)
             self.core_slots[: len(inverse)].copy_(torch.from_numpy(slots[inverse]))
         else:
-            self.groups = self._group(found, slots, inverse)
+            self._sort(found, slots, positions, inverse)
         return tuple((positions + 1)[inverse].tolist())
 
-    def _group(self, found: Sequence[Place | None], slots: np.ndarray, inverse: np.ndarray) -> list[PlaceGroup]:
-        by_basis: dict[tuple[int | None, int], list[int]] = {}
+    def _sort(
+        self, found: Sequence[Place | None], slots: np.ndarray, positions: np.ndarray, inverse: np.ndarray
+    ) -> None:
+        own = positions[inverse]
+        # Stable, so that tokens of one basis alone stay as they stand.
+        order = np.argsort(own, kind="stable")
+        order = order[np.searchsorted(own[order], 0) :]
+        self.on_bases = None
+        if len(order):
+            present, sizes = np.unique(own[order], return_counts=True)
+            in_place = len(present) == 1 and len(order) == len(inverse)
+            self.on_bases = BasisTokens(
+                tuple(present.tolist()),
+                tuple(sizes.tolist()),
+                None if in_place else torch.from_numpy(order),
+                torch.from_numpy(slots[inverse[order]]),
+            )
+        self.on_factors = []
         for number, place in enumerate(found):
-            if place is not None:
-                # Those without a basis stand alone, by their slot.
-                by_basis.setdefault((place.position, -1 if place.position is not None else place.slot), []).append(
-                    number
+            if place is not None and place.position is None:
+                rows = np.flatnonzero(inverse == number)
+                self.on_factors.append(
+                    FactorTokens(place.slot, None if len(rows) == len(inverse) else torch.from_numpy(rows))
                 )
-        groups = []
-        for (position, slot), numbers in by_basis.items():
-            rows = np.flatnonzero(np.isin(inverse, numbers))
-            chosen = slots[inverse[rows]] if position is not None else np.full(len(rows), slot)
-            everyone = len(rows) == len(inverse)
-            groups.append(PlaceGroup(position, None if everyone else torch.from_numpy(rows), torch.from_numpy(chosen)))
-        return groups
 
     def _flat(self, place: Place | None) -> int:
         if place is None or place.position is None:
