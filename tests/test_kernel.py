@@ -13,6 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.layer import ModuleWeights
+from serve_app.vllm_plugin.basis_stack import BasisStack
+from serve_app.vllm_plugin.settings import PluginSettings
+from serve_app.vllm_plugin.token_index import Place, TokenIndex
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
@@ -41,11 +46,9 @@ def popular(kind: str, num_tokens: int) -> Tensor:
     return torch.randint(-1, NUM_BASES, (num_tokens,), generator=generator)
 
 
-def looped(
-    x: Tensor, V: Tensor, U: list[Tensor], cores: Tensor, positions: Tensor, slots: Tensor
-) -> Tensor:
+def looped(x: Tensor, V: Tensor, U: list[Tensor], cores: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
     """Token by token, slice by slice, in float64."""
-    n, R = len(U), U[0].shape[-1]
+    R = U[0].shape[-1]
     out = torch.zeros(len(x), sum(u.shape[2] for u in U), dtype=torch.float64)
     for t, c in enumerate(positions.tolist()):
         if c < 0:
@@ -63,7 +66,7 @@ def looped(
 def compare(
     kind: str, rank: int, num_tokens: int, dtype: torch.dtype, diagonal: bool = False, n: int = 3, d_in: int = 96
 ) -> None:
-    from serve_app.vllm_plugin.kernel import add_sorted, sorted_tokens
+    from serve_app.vllm_plugin.kernel import add_sorted
 
     torch.manual_seed(rank + num_tokens)
     scale = d_in**-0.5
@@ -77,9 +80,10 @@ def compare(
     before = torch.randn(num_tokens, sum(D_OUTS[:n])).to(dtype)
     expected = before.double() + looped(x, V, U, cores, positions, slots)
     out = before.to(DEVICE, copy=True)
-    mixed = torch.full((num_tokens, n, rank), torch.nan, device=DEVICE)
-    tokens = sorted_tokens(positions.to(DEVICE), slots.to(DEVICE), NUM_BASES)
-    add_sorted(out, x.to(DEVICE), V.to(DEVICE), [u.to(DEVICE) for u in U], cores.to(DEVICE), tokens, mixed)
+    order = torch.argsort(positions, stable=True)
+    starts = torch.searchsorted(positions[order], torch.arange(NUM_BASES + 1))
+    arguments = [x, V, U, cores, order.int(), starts.int(), slots]
+    add_sorted(out, *[[u.to(DEVICE) for u in a] if isinstance(a, list) else a.to(DEVICE) for a in arguments])
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(out.cpu()[positions < 0], before[positions < 0]), "rows without a basis are exactly the base's"
@@ -127,3 +131,25 @@ def test_prefill_takes_blocks_of_64_tokens() -> None:
 
 def test_widths_that_no_block_divides() -> None:
     compare("uniform", 16, 9, torch.float32, d_in=131)
+
+
+def test_the_plugins_index_and_stack_hand_the_kernel_what_it_needs() -> None:
+    """A step, then a smaller one: what the first left in the index must not be read by the second."""
+    settings = PluginSettings(3, 4, 6, 2, False, "triton")
+    index = TokenIndex(settings, 64, torch.device(DEVICE))
+    stack = BasisStack(settings, 24, D_OUTS, torch.float32, torch.device(DEVICE))
+    torch.manual_seed(0)
+    for position in range(3):
+        slices = [ModuleWeights(torch.randn(d, 6), torch.randn(24, 6), torch.randn(4, 6, 6)) for d in D_OUTS]
+        stack.put(position, slices)
+    places = {1 + 4 * position + slot: Place(position, slot) for position in range(3) for slot in range(4)}
+    for ids in ([5, 0, 1, 12, 9, 5, 2, 0, 7], [3, 0, 3]):
+        index.set(ids, places)
+        x = torch.randn(16, 24, device=DEVICE)  # padded beyond the step's tokens
+        out = torch.zeros(16, sum(D_OUTS), device=DEVICE)
+        stack.add_triton(out, x, index.sorted)
+        positions = torch.tensor([places[number].position if number else -1 for number in ids])
+        weights = stack.V.cpu(), [u.cpu() for u in stack.U], stack.cores.cpu()
+        expected = looped(x[: len(ids)].cpu(), *weights, positions, index.core_slots[: len(ids)].cpu())
+        torch.testing.assert_close(out[: len(ids)].double().cpu(), expected, rtol=1e-4, atol=1e-3)
+        assert not out[len(ids) :].any(), "padding was written"

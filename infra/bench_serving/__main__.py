@@ -322,7 +322,7 @@ def main() -> None:
         "rank": args.rank,
         "prefix_caching": True,
     }
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
     try:
         compatibility.check()
         print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)

@@ -30,7 +30,7 @@ from serve_app.engine.prompt import PromptReader
 from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationRequest
 from serve_app.vllm_plugin import compatibility
 from serve_app.vllm_plugin.home_file import write_home
-from serve_app.vllm_plugin.settings import PluginSettings, slot_rank
+from serve_app.vllm_plugin.settings import PluginSettings, Products, slot_rank
 from serve_app.vllm_plugin.token_index import write_path
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class VllmSettings:
     num_threads: int | None = None
     kv_bytes: int = 1 << 30
     tensor_parallel_size: int = 1
-    products: str | None = None
+    products: Products | None = None
 
 
 class VllmEngine:
@@ -239,14 +239,14 @@ class VllmEngine:
                 "engine vllm: clusters with diagonal and with full cores in one replica are not supported; set "
                 "placement.clusters_per_group to 1, or engine to transformers"
             )
-        products = self._settings.products or ("grouped" if self._settings.device == "cpu" else "static")
+        by_device: Products = "grouped" if self._settings.device == "cpu" else "static"
         return PluginSettings(
             num_clusters=len(clusters),
             slots_per_cluster=max((self._num_slots[home] for home in clusters), default=0),
             rank=_largest_rank(loaded, "cluster:"),
             num_factor_slots=len(self._first_homes) - len(clusters),
             is_diagonal=diagonal == {True},
-            products=products,  # type: ignore[arg-type]
+            products=self._settings.products or by_device,
         )
 
     def _lora_request(self, served: ServedAdapter | None) -> Any:

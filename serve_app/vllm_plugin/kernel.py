@@ -2,16 +2,15 @@
 
     h[t] = V[c]^T x[t]      mixed_i[t] = S_i[s] h_i[t]      out_i[t] += U_i[c] mixed_i[t]
 
-with t's basis c and core s. Two launches, always of the same shape for a step of T tokens, whatever is in it: a captured
-graph replays them on any batch. A program has one basis and a block of the tokens that are on it (``SortedTokens``), so
-that a basis is read once a block and a token meets no other; programs beyond a basis's tokens end at once. Sums are in
-float32. After Punica's SGMV (arXiv 2310.18547), with the core between its two halves.
+with t's basis c and core s. Two launches, always of the same shape for a step of T tokens, whatever is in it: a
+captured graph replays them on any batch. A program has one basis and a block of the tokens that are on it
+(SortedTokens), so that a basis is read once a block and a token meets no other; programs beyond a basis's tokens end at
+once. Sums are in float32. After Punica's SGMV (arXiv 2310.18547), with the core between its two halves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,33 +20,26 @@ from torch import Tensor
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@dataclass(frozen=True)
-class SortedTokens:
-    """A step's T tokens by basis, on the device, at fixed addresses. ``order`` (>= T,) int32: rows in the order of
-    their bases; those of basis c stand at starts[c] <= k < starts[c + 1]; ``starts`` (C + 1,) int32. Rows without a
-    basis stand nowhere. ``slots`` (>= T,) int64: each row's flat core index, in the order of the rows."""
-
-    order: Tensor
-    starts: Tensor
-    slots: Tensor
-
-
+# An operator of torch's own, for torch.compile must not look inside: it would freeze what is chosen by the number of
+# tokens, and vLLM drops the guards that would notice.
+@torch.library.custom_op("compress_then_serve::add_sorted", mutates_args=("out",))
 def add_sorted(
-    out: Tensor, x: Tensor, V: Tensor, U: Sequence[Tensor], cores: Tensor, tokens: SortedTokens, mixed: Tensor
+    out: Tensor, x: Tensor, V: Tensor, U: Sequence[Tensor], cores: Tensor, order: Tensor, starts: Tensor, slots: Tensor
 ) -> None:
     """Semantics: the three lines above, for every token on a basis and every slice i.
 
     out (T, sum of d_out_i) is changed in place; x (T, d_in); V (C', 1, n R, d_in) and U[i] (C', 1, d_out_i, R) with
-    C' >= C; cores (S, n, R, R), or (S, n, R) where diagonal; all of one dtype, contiguous but for out's rows and x's.
-    ``mixed`` (>= T, n, R) float32 is overwritten.
+    C' >= C; cores (S, n, R, R), or (S, n, R) where diagonal; all of one dtype, contiguous but for the rows of out and
+    x. ``order``, ``starts``, ``slots`` as in SortedTokens. Sums in float32.
     """
     # Triton's interpreter multiplies the bits of bfloat16 as if they were integers (triton issue 11584).
     dot = tl.float32 if triton.knobs.runtime.interpret else _DTYPES[x.dtype]
-    num_tokens, num_bases, n, R = len(x), len(tokens.starts) - 1, len(U), U[0].shape[-1]
+    num_tokens, num_bases, n, R = len(x), len(starts) - 1, len(U), U[0].shape[-1]
+    mixed = torch.empty(num_tokens, n, R, dtype=torch.float32, device=x.device)
     block_tokens, block_rank = 16 if num_tokens <= 256 else 64, max(16, triton.next_power_of_2(R))
     blocks = triton.cdiv(num_tokens, block_tokens)
     _shrink_mix[(num_bases, blocks, n)](
-        x, V, cores, mixed, tokens.order, tokens.starts, tokens.slots,
+        x, V, cores, mixed, order, starts, slots,
         x.stride(0), x.shape[1],
         N=n, R=R, IS_DIAGONAL=cores.dim() == 3, DOT=dot,
         BLOCK_T=block_tokens, BLOCK_K=128 if block_rank <= 64 else 64, BLOCK_R=block_rank,
@@ -59,7 +51,7 @@ def add_sorted(
     sizes = [own.shape[2] for own in U] + [0] * (3 - n)
     ends = [sum(widths[: i + 1]) for i in range(3)]
     _expand[(num_bases, blocks, sum(widths))](
-        mixed, *padded, out, tokens.order, tokens.starts,
+        mixed, *padded, out, order, starts,
         out.stride(0), *sizes, *ends[:2],
         N=n, R=R, DOT=dot, BLOCK_T=block_tokens, BLOCK_O=block_out, BLOCK_R=block_rank,
     )  # fmt: skip
@@ -149,10 +141,3 @@ def _expand_slice(
     target = out + rows[:, None] * out_stride + first_column + o[None, :]
     mask = is_own[:, None] & (o < size)[None, :]
     tl.store(target, (tl.load(target, mask=mask, other=0.0).to(tl.float32) + delta).to(out.dtype.element_ty), mask=mask)
-
-
-def sorted_tokens(positions: Tensor, slots: Tensor, num_bases: int) -> SortedTokens:
-    """From each row's basis, -1 for none, and flat core index; (T,) int64 each."""
-    order = torch.argsort(positions, stable=True)
-    starts = torch.searchsorted(positions[order].contiguous(), torch.arange(num_bases + 1, device=positions.device))
-    return SortedTokens(order.int(), starts.int(), slots)

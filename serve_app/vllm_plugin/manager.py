@@ -96,7 +96,9 @@ class HomeModelManager(LRUCacheLoRAModelManager):
 
         def apply_static(layer: Any, x: Tensor, out: Tensor) -> Tensor:
             flat_x, flat_out = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-            if settings.num_clusters:
+            if settings.products == "triton":
+                stack.add_triton(flat_out, flat_x, index.sorted)
+            elif settings.num_clusters:
                 stack.add_static(flat_out, flat_x, index.core_slots[: flat_x.shape[0]], basis_kernels)
             # Constants of the engine, not of the batch: a capture may not freeze what the batch happened to hold.
             return stock(x, out) if settings.num_factor_slots else out
@@ -107,10 +109,10 @@ class HomeModelManager(LRUCacheLoRAModelManager):
         if mapping == self._last_mapping:
             return
         positions = self.index.set(mapping.index_mapping, self.places)
-        if self.settings.products == "static":
+        if self.settings.products != "grouped":
             of_factors = {lora_id: place.slot + 1 for lora_id, place in self.places.items() if place.position is None}
             update_kernels(self.kernels, [of_factors.get(i, 0) for i in mapping.index_mapping], self.lora_slots)
-            if self.settings.num_clusters > 1:
+            if self.settings.products == "static" and self.settings.num_clusters > 1:
                 update_kernels(self.basis_kernels, positions, self.settings.num_clusters + 1)
         self._last_mapping = mapping
 

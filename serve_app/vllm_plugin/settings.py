@@ -9,6 +9,8 @@ from typing import Any, Literal
 from cluster.errors import ConfigError
 from serve_app.vllm_plugin import SECTION
 
+Products = Literal["grouped", "static", "triton"]
+
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's ``max_lora_rank`` that we use."""
 
@@ -19,8 +21,9 @@ class PluginSettings:
     and ``num_factor_slots`` truncated or raw adapters, whose rank vLLM's ``max_lora_rank`` bounds.
 
     ``is_diagonal`` cores are vectors. ``products``: ``grouped`` sorts a step's tokens by home on the host and runs
-    dense products for each (no capture, for CPUs); ``static`` has one fixed sequence of kernels whatever is in the
-    batch, safe under CUDA graphs and torch.compile.
+    dense products for each (no capture, for CPUs); ``static`` and ``triton`` have one fixed sequence of kernels
+    whatever is in the batch, safe under CUDA graphs and torch.compile: vLLM's own shrink and expand around torch's
+    products, or this project's kernels.
     """
 
     num_clusters: int
@@ -28,7 +31,7 @@ class PluginSettings:
     rank: int
     num_factor_slots: int
     is_diagonal: bool
-    products: Literal["grouped", "static"]
+    products: Products
 
     def to_config(self) -> dict[str, Any]:
         return {SECTION: dataclasses.asdict(self)}

@@ -62,6 +62,18 @@ class FactorTokens:
     rows: Tensor | None
 
 
+@dataclass(frozen=True)
+class SortedTokens:
+    """The same on the device at fixed addresses, for the Triton kernels. ``order`` (max_tokens,) int32: rows in the
+    order of their bases; those of basis c stand at starts[c] <= k < starts[c + 1]; ``starts`` (C + 1,) int32. Rows
+    without a basis, and padding, stand nowhere. ``slots`` (max_tokens,) int64: each row's flat core index, by row.
+    """
+
+    order: Tensor
+    starts: Tensor
+    slots: Tensor
+
+
 @dataclass
 class TokenIndex:
     """The current step's, written by ``set`` between two forward passes and read by every layer.
@@ -79,6 +91,11 @@ class TokenIndex:
     def __post_init__(self) -> None:
         self.zero_slot = self.settings.num_clusters * self.settings.slots_per_cluster
         self.core_slots = torch.full((self.max_tokens,), self.zero_slot, dtype=torch.int64, device=self.device)
+        self.sorted = SortedTokens(
+            torch.zeros(self.max_tokens, dtype=torch.int32, device=self.device),
+            torch.zeros(self.settings.num_clusters + 1, dtype=torch.int32, device=self.device),
+            self.core_slots,
+        )
 
     def set(self, ids: Sequence[int], places: Mapping[int, Place]) -> tuple[int, ...]:
         """``ids``: each token's LoRA id, 0 for the base. Returns each token's basis position + 1, 0 without one."""
@@ -86,14 +103,20 @@ class TokenIndex:
         found = [places[int(lora_id)] if lora_id > 0 else None for lora_id in unique]
         slots = np.array([self._flat(place) for place in found], dtype=np.int64)
         positions = np.array([_position(place) for place in found], dtype=np.int64)
-        if self.settings.products == "static":
+        if self.settings.products == "grouped":
+            self._group(found, slots, positions, inverse)
+        else:
             self.core_slots.fill_(self.zero_slot)
             self.core_slots[: len(inverse)].copy_(torch.from_numpy(slots[inverse]))
-        else:
-            self._sort(found, slots, positions, inverse)
+        if self.settings.products == "triton":
+            own = positions[inverse]
+            order = np.argsort(own, kind="stable")
+            starts = np.searchsorted(own[order], np.arange(self.settings.num_clusters + 1))
+            self.sorted.order[: len(order)].copy_(torch.from_numpy(order))
+            self.sorted.starts.copy_(torch.from_numpy(starts))
         return tuple((positions + 1)[inverse].tolist())
 
-    def _sort(
+    def _group(
         self, found: Sequence[Place | None], slots: np.ndarray, positions: np.ndarray, inverse: np.ndarray
     ) -> None:
         own = positions[inverse]
