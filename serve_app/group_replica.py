@@ -104,7 +104,8 @@ def make_engine(spec: ReplicaSpec) -> Engine:
     if spec.engine == "vllm":
         from serve_app.engine.vllm_engine import VllmEngine, VllmSettings
 
-        settings = VllmSettings(**common, kv_bytes=_kv_bytes(base, spec))
+        kv_bytes = _kv_bytes(base, spec) if spec.device == "cpu" else None
+        settings = VllmSettings(**common, kv_bytes=kv_bytes)
         return VllmEngine(base, bundle.serving_map, spec.homes, bundle.load_home, settings)
     from serve_app.engine.transformers_engine import EngineSettings, TransformersEngine
 

@@ -1,4 +1,6 @@
-"""The vLLM engine on the real base and real adapters: vLLM's CPU build, in its own processes, against PEFT.
+"""The vLLM engine on the real base and real adapters: vLLM in its own processes, against PEFT.
+
+On vLLM's CPU build, or on a GPU where there is one (make gpu-check), there with captured graphs.
 
 Each trap that vLLM's LoRA code holds for compressed adapters has a test here, or in test_vllm_plugin.py.
 """
@@ -47,13 +49,22 @@ from tests.test_engine import (
 __all__ = ["oracle", "tokenizer"]  # fixtures
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(compatibility.vllm_version() is None, reason="vLLM is not here")]
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Of those that are safe under a capture; the kernels run on a GPU only.
+STATIC_PRODUCTS = ("static", "triton") if DEVICE == "cuda" else ("static",)
 T = TypeVar("T")
 RAW_HOME = f"factors:{RAW}"
 FIRST_HOMES = (*CLUSTERS, RAW_HOME, *BROKEN.values(), NAN)
 
 
 def make_engine(base_path: Path, homes: Homes, wanted: tuple[str, ...] = FIRST_HOMES, **options: Any) -> VllmEngine:
-    limits = {"max_batch": MAX_BATCH, "max_model_len": MAX_MODEL_LEN, "num_threads": 2, "kv_bytes": 400 << 20}
+    limits = {
+        "device": DEVICE,
+        "max_batch": MAX_BATCH,
+        "max_model_len": MAX_MODEL_LEN,
+        "num_threads": 2,
+        "kv_bytes": 400 << 20,
+    }
     return VllmEngine(base_path, serving_map(), wanted, homes.load, VllmSettings(**limits | options))
 
 
@@ -93,10 +104,10 @@ def running(base_path: Path, homes: Homes) -> Iterator[Running]:
     running.close()
 
 
-@pytest.fixture(scope="module")
-def static(base_path: Path, homes: Homes) -> Iterator[Running]:
-    """The products of a GPU, on vLLM's own CPU kernels; all LoRA slots but the zero one are taken."""
-    running = Running(make_engine(base_path, homes, (*CLUSTERS, RAW_HOME), products="static"))
+@pytest.fixture(scope="module", params=STATIC_PRODUCTS)
+def static(request: pytest.FixtureRequest, base_path: Path, homes: Homes) -> Iterator[Running]:
+    """The products of a GPU, on a CPU by vLLM's own CPU kernels; all LoRA slots but the zero one are taken."""
+    running = Running(make_engine(base_path, homes, (*CLUSTERS, RAW_HOME), products=request.param))
     yield running
     running.close()
 

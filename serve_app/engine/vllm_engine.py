@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 class VllmSettings:
     """``max_batch`` requests run at once; ``max_model_len`` bounds prompt and answer together, in tokens.
 
-    ``kv_bytes`` are for keys and values on a CPU (a GPU's are what is left of it). ``num_threads`` is for torch on
+    ``kv_bytes`` are for keys and values; None: what is left of a GPU. ``num_threads`` is for torch on
     a CPU. ``products`` None: grouped on a CPU, static on a GPU (see ``serve_app.vllm_plugin.settings``).
     """
 
@@ -49,7 +49,7 @@ class VllmSettings:
     max_batch: int = 32
     max_model_len: int = 2048
     num_threads: int | None = None
-    kv_bytes: int = 1 << 30
+    kv_bytes: int | None = 1 << 30
     tensor_parallel_size: int = 1
     products: Products | None = None
 
@@ -312,7 +312,9 @@ def base_options(base: Path, settings: VllmSettings) -> dict[str, Any]:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if settings.num_threads is not None:
             os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
-        options = {"kv_cache_memory_bytes": settings.kv_bytes, "enforce_eager": True}
+        options = {"enforce_eager": True}
+    if settings.kv_bytes is not None:
+        options["kv_cache_memory_bytes"] = settings.kv_bytes
     return options | {
         "model": str(base),
         "load_format": "safetensors",
