@@ -10,6 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +33,7 @@ from cluster.errors import (
 from cluster.layer import ModuleWeights
 from serve_app.engine.vllm_engine import VllmEngine, VllmSettings
 from serve_app.vllm_plugin import compatibility
+from tests.conftest import REPOSITORY
 from tests.test_engine import (
     BROKEN,
     CLUSTERS,
@@ -396,6 +400,49 @@ def test_a_killed_vllm_is_an_engine_that_stopped_not_a_hang(base_path: Path, hom
     with pytest.raises(EngineStopped):
         running.tokens(ask("number-en"))
     running.close()
+
+
+HELD = """
+import sys, time
+from pathlib import Path
+from tests.test_vllm_engine import Homes, Running, make_engine
+if __name__ == "__main__":
+    running = Running(make_engine(Path(sys.argv[1]), Homes(Path(sys.argv[2])), ("cluster:0",)))
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_vllm_ends_with_a_replica_that_is_killed_hard(base_path: Path, zoo_path: Path, tmp_path: Path) -> None:
+    """vLLM's own engine process would go on as an orphan, with the device's memory in its hands."""
+    script = tmp_path / "held.py"
+    script.write_text(HELD)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    line = [sys.executable, str(script), str(base_path), str(zoo_path)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            assert any("ready" in text for text in process.stdout)
+            [engine] = children(process.pid)
+            workers = all_children(engine)
+            assert workers
+        finally:
+            process.kill()
+    deadline = time.monotonic() + 30
+    while any(is_alive(pid) for pid in (engine, *workers)):
+        assert time.monotonic() < deadline, "vLLM outlived its replica"
+        time.sleep(0.2)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def all_children(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
 def children(parent: int) -> list[int]:

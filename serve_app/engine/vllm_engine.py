@@ -28,7 +28,7 @@ from cluster.errors import BaseModelError, BundleError, ConfigError, EngineStopp
 from cluster.serving_map import ServedAdapter, ServingMap
 from serve_app.engine.prompt import PromptReader
 from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationRequest
-from serve_app.vllm_plugin import compatibility
+from serve_app.vllm_plugin import compatibility, parent
 from serve_app.vllm_plugin.home_file import write_home
 from serve_app.vllm_plugin.settings import PluginSettings, Products, slot_rank
 from serve_app.vllm_plugin.token_index import write_path
@@ -206,6 +206,7 @@ class VllmEngine:
     def _make_llm(self, loaded: Mapping[str, HomeWeights]) -> tuple[Any, Any]:
         settings = self._settings
         shared = base_options(self._base_path, settings)
+        parent.announce()
         from transformers import AutoTokenizer
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM

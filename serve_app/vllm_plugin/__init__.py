@@ -18,8 +18,9 @@ SECTION = "compress_then_serve"
 def register() -> None:
     """Called by vLLM, possibly more than once in a process. Changes nothing for engines that are not ours, and
     never raises: what is missing is refused when an engine of ours starts (``compatibility.check``)."""
-    from serve_app.vllm_plugin import compatibility
+    from serve_app.vllm_plugin import compatibility, parent
 
+    parent.end_with_parent()
     if compatibility.missing_symbols():
         return
     from vllm.v1.worker import lora_model_runner_mixin
