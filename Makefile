@@ -19,13 +19,14 @@ export ENGINE
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup base vllm-cpu demo serve stop test test-slow test-vllm gpu-check check format clean
+.PHONY: help setup base vllm-cpu demo serve stop test test-slow test-vllm test-vllm-slow gpu-check check format clean
 
 help:
 	@echo "make demo       compress the shipped adapters, serve them, ask them, compare (5 minutes)"
 	@echo "make test       the tests (under 10 minutes)"
 	@echo "make test-slow  the long ones"
 	@echo "make test-vllm  the vLLM engine's, in an environment with vLLM's CPU build"
+	@echo "make test-vllm-slow   the HTTP and the exactness tests on that engine (20 minutes)"
 	@echo "make gpu-check  on a machine with a GPU: the same and the kernels on it, and what a layer costs"
 	@echo "make serve      leave the demo's application running; make stop ends it"
 	@echo "make check      ruff, mypy, import rule"
@@ -71,9 +72,11 @@ test: $(READY) $(BASE)
 test-slow: $(READY) $(BASE)
 	$(BIN)/python -m pytest -m "slow and not vllm" $(PYTEST_ARGS)
 
-# The HTTP tests run on this engine with: ENGINE=vllm .venv-vllm/bin/python -m pytest tests/test_http.py
 test-vllm: $(VLLM_READY) $(BASE)
 	$(VLLM_BIN)/python -m pytest -m vllm $(PYTEST_ARGS)
+
+test-vllm-slow: $(VLLM_READY) $(BASE)
+	ENGINE=vllm $(VLLM_BIN)/python -m pytest tests/test_http.py tests/test_exactness.py $(PYTEST_ARGS)
 
 # Not tried yet: no GPU was at hand.
 gpu-check: $(GPU_READY)
