@@ -81,7 +81,6 @@ test-vllm-slow: $(VLLM_READY) $(BASE)
 # Not tried yet: no GPU was at hand.
 gpu-check: $(GPU_READY)
 	$(GPU_VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch sees no GPU")'
-	$(GPU_VENV)/bin/python infra/make_base.py $(BASE)
 	$(GPU_VENV)/bin/python -m pytest -m vllm tests/test_kernel.py tests/test_vllm_engine.py $(PYTEST_ARGS)
 	$(GPU_VENV)/bin/python -m infra.bench_layer --device cuda
 

@@ -33,11 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from serve_app.placement import DTYPE_BYTES
 from serve_app.vllm_plugin.basis_stack import BasisStack
 from serve_app.vllm_plugin.settings import PluginSettings, Products
 from serve_app.vllm_plugin.token_index import Place, TokenIndex
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SLOTS_EACH = 41  # 25 clusters of 41: a thousand adapters
 WEIGHTS_BYTES = 256 << 20  # of all layers together: beyond any cache
 
@@ -100,7 +100,7 @@ def make_ways(case: Case, names: Sequence[str], dtype: torch.dtype, device: torc
     ways: dict[str, Way] = {
         "base": lambda out, x, i: torch.mm(x, weights[i].T, out=out),
         "grouped": lambda out, x, i: stacks[i].add_grouped(out, x, on_bases),
-        "triton": lambda out, x, i: stacks[i].add_triton(out, x, indices["triton"].sorted),
+        "triton": lambda out, x, i: stacks[i].add_triton(out, x, indices["triton"]),
     }
     if {"static", "lora"} & set(names):
         kernels = vllm_kernels(case.bases + 1, positions, case, dtype, device)
@@ -184,7 +184,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--dtype", choices=tuple(DTYPES), help="default: float32 on a CPU, bfloat16 on a GPU")
+    add("--dtype", choices=tuple(DTYPE_BYTES), help="default: float32 on a CPU, bfloat16 on a GPU")
     add("--d", type=int, nargs="+", default=[1024, 4096], help="hidden sizes, multiples of 4 (default: 1024 4096)")
     add("--ranks", type=int, nargs="+", default=[16, 64])
     add("--tokens", type=int, nargs="+", default=[1, 64, 2048], help="of a step (default: 1 64 2048)")
@@ -192,7 +192,7 @@ def main() -> None:
     add("--repeats", type=int, default=11)
     args = parser.parse_args()
     dtype_name = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    dtype, device = DTYPES[dtype_name], torch.device(args.device)
+    dtype, device = getattr(torch, dtype_name), torch.device(args.device)
     names = ["base", "grouped"]
     if importlib.util.find_spec("vllm") is not None:
         names += ["static", "lora"]

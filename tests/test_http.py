@@ -22,8 +22,9 @@ from cluster.bundle import object_key
 from cluster.errors import BaseModelError, PlacementError
 from cluster.manifest import Manifest
 from serve_app.app import build
+from tests import serving
 from tests.bundles import flip_a_byte, write_bundle
-from tests.serving import ENGINE, PATIENCE_S
+from tests.serving import ENGINE
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CLUSTERS = {
@@ -34,6 +35,7 @@ CLUSTERS = {
 RAW = {"first-letter": "first-letter", "broken": "country-id"}
 MODELS = [BASE, "first-letter", *(adapter_id for members in CLUSTERS.values() for adapter_id in members)]
 
+PATIENCE_S = 60.0 if ENGINE == "transformers" else serving.PATIENCE_S
 # vLLM takes the memory for keys and values at its start, and six of its engines must fit on one machine here.
 LIMITS: dict[str, Any] = {"limits.max_batch": 4} if ENGINE == "vllm" else {}
 

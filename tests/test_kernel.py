@@ -6,7 +6,7 @@ On a machine with a GPU the same tests run the compiled kernels (make gpu-check)
 from __future__ import annotations
 
 import importlib.util
-import os
+from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -18,9 +18,6 @@ from serve_app.vllm_plugin.basis_stack import BasisStack
 from serve_app.vllm_plugin.settings import PluginSettings
 from serve_app.vllm_plugin.token_index import Place, TokenIndex
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not here"),
@@ -30,6 +27,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 D_OUTS = (40, 24, 24)
 NUM_BASES, SLOTS_EACH = 5, 4
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> Iterator[None]:
+    """Set before the kernels are imported, and not left to vLLM's processes of other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield
 
 
 def popular(kind: str, num_tokens: int) -> Tensor:
@@ -147,7 +153,7 @@ def test_the_plugins_index_and_stack_hand_the_kernel_what_it_needs() -> None:
         index.set(ids, places)
         x = torch.randn(16, 24, device=DEVICE)  # padded beyond the step's tokens
         out = torch.zeros(16, sum(D_OUTS), device=DEVICE)
-        stack.add_triton(out, x, index.sorted)
+        stack.add_triton(out, x, index)
         positions = torch.tensor([places[number].position if number else -1 for number in ids])
         weights = stack.V.cpu(), [u.cpu() for u in stack.U], stack.cores.cpu()
         expected = looped(x[: len(ids)].cpu(), *weights, positions, index.core_slots[: len(ids)].cpu())

@@ -34,6 +34,7 @@ from cluster.layer import ModuleWeights
 from serve_app.engine.vllm_engine import VllmEngine, VllmSettings
 from serve_app.vllm_plugin import compatibility
 from tests.conftest import REPOSITORY
+from tests.processes import kill_session, processes_named
 from tests.test_engine import (
     BROKEN,
     CLUSTERS,
@@ -419,30 +420,18 @@ def test_vllm_ends_with_a_replica_that_is_killed_hard(base_path: Path, zoo_path:
     script.write_text(HELD)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     line = [sys.executable, str(script), str(base_path), str(zoo_path)]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True) as process:
         try:
             assert process.stdout is not None
             assert any("ready" in text for text in process.stdout)
-            [engine] = children(process.pid)
-            workers = all_children(engine)
-            assert workers
-        finally:
+            assert len(processes_named("VLLM::", process.pid)) >= 2, "an engine and its worker"
             process.kill()
-    deadline = time.monotonic() + 30
-    while any(is_alive(pid) for pid in (engine, *workers)):
-        assert time.monotonic() < deadline, "vLLM outlived its replica"
-        time.sleep(0.2)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def all_children(parent: int) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+            deadline = time.monotonic() + 30
+            while processes_named("VLLM::", process.pid):
+                assert time.monotonic() < deadline, "vLLM outlived its replica"
+                time.sleep(0.2)
+        finally:
+            kill_session(process)
 
 
 def children(parent: int) -> list[int]:

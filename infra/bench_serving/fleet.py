@@ -28,7 +28,7 @@ from cluster.errors import ConfigError
 from cluster.svd import truncate
 from serve_app.placement import home_sizes
 
-_SPREAD = 0.3  # of the logarithm of a component's scale
+SPREAD = 0.3  # of the logarithm of a variation's scales
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _copy(original: Path, target: Path, seed: int | None) -> None:
         generator = torch.Generator().manual_seed(seed)
         for name, tensor in tensors.items():
             if ".lora_B." in name:
-                scale = torch.exp(_SPREAD * torch.randn(tensor.shape[1], generator=generator))
+                scale = torch.exp(SPREAD * torch.randn(tensor.shape[1], generator=generator))
                 tensors[name] = (tensor.float() * scale).to(tensor.dtype)
     save_file(tensors, part / WEIGHTS_FILE)
     (part / CONFIG_FILE).write_text(json.dumps(config))

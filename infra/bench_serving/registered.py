@@ -16,8 +16,7 @@ from safetensors.torch import save
 from cluster.bundle import Bundle, manifest_key, object_key, read_object
 from cluster.manifest import canonical_json, served_revision
 from cluster.store import open_store
-
-_SPREAD = 0.3  # of the logarithm of an entry's scale
+from infra.bench_serving.fleet import SPREAD
 
 
 def enlarge(bundle: Bundle, num_adapters: int, out: Path) -> Bundle:
@@ -34,7 +33,7 @@ def enlarge(bundle: Bundle, num_adapters: int, out: Path) -> Bundle:
         basis = bundle.store.read(object_key(cluster.basis)).data
         cores = {}
         for module, own in read_object(bundle.store, cluster.cores, name).items():
-            scales = torch.exp(_SPREAD * torch.randn((copies, *own.shape), generator=generator))
+            scales = torch.exp(SPREAD * torch.randn((copies, *own.shape), generator=generator))
             scales[0] = 1
             cores[module] = (own.float() * scales).flatten(0, 1).to(own.dtype)
         data = save(cores)

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from cluster.layer import ModuleWeights
 from serve_app.vllm_plugin.settings import PluginSettings
-from serve_app.vllm_plugin.token_index import BasisTokens, SortedTokens
+from serve_app.vllm_plugin.token_index import BasisTokens, TokenIndex
 
 
 class BasisStack:
@@ -100,11 +100,11 @@ class BasisStack:
         mixed = self._mix(shrunk[0].to(x.dtype), core_slots)
         kernels.add_expand(out, mixed.transpose(0, 1).float().contiguous(), self.U, self.d_outs, add_inputs=True)
 
-    def add_triton(self, out: Tensor, x: Tensor, tokens: SortedTokens) -> None:
+    def add_triton(self, out: Tensor, x: Tensor, index: TokenIndex) -> None:
         """The same by this project's kernels."""
         from serve_app.vllm_plugin.kernel import add_sorted  # there is no Triton beside torch's CPU build
 
-        add_sorted(out, x, self.V, self.U, self.cores, tokens.order, tokens.starts, tokens.slots)
+        add_sorted(out, x, self.V, self.U, self.cores, index.order, index.starts, index.core_slots)
 
     def _mix(self, h: Tensor, slots: Tensor) -> Tensor:
         """(T, n R) through the cores of ``slots`` (T,): (T, n, R)."""

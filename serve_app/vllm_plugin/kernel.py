@@ -3,9 +3,9 @@
     h[t] = V[c]^T x[t]      mixed_i[t] = S_i[s] h_i[t]      out_i[t] += U_i[c] mixed_i[t]
 
 with t's basis c and core s. Two launches, always of the same shape for a step of T tokens, whatever is in it: a
-captured graph replays them on any batch. A program has one basis and a block of the tokens that are on it
-(SortedTokens), so that a basis is read once a block and a token meets no other; programs beyond a basis's tokens end at
-once. Sums are in float32. After Punica's SGMV (arXiv 2310.18547), with the core between its two halves.
+captured graph replays them on any batch. A program has one basis and a block of the tokens that are on it, so that a
+basis is read once a block and a token meets no other; programs beyond a basis's tokens end at once. Sums are in
+float32. After Punica's SGMV (arXiv 2310.18547), with the core between its two halves.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 # An operator of torch's own, for torch.compile must not look inside: it would freeze what is chosen by the number of
 # tokens, and vLLM drops the guards that would notice.
-@torch.library.custom_op("compress_then_serve::add_sorted", mutates_args=("out",))
+@library.custom_op("compress_then_serve::add_sorted", mutates_args=("out",))
 def add_sorted(
     out: Tensor, x: Tensor, V: Tensor, U: Sequence[Tensor], cores: Tensor, order: Tensor, starts: Tensor, slots: Tensor
 ) -> None:
@@ -30,7 +30,7 @@ def add_sorted(
 
     out (T, sum of d_out_i) is changed in place; x (T, d_in); V (C', 1, n R, d_in) and U[i] (C', 1, d_out_i, R) with
     C' >= C; cores (S, n, R, R), or (S, n, R) where diagonal; all of one dtype, contiguous but for the rows of out and
-    x. ``order``, ``starts``, ``slots`` as in SortedTokens. Sums in float32.
+    x. ``order``, ``starts``, ``slots`` as TokenIndex has them (its core_slots). Sums in float32.
     """
     # Triton's interpreter multiplies the bits of bfloat16 as if they were integers (triton issue 11584).
     dot = tl.float32 if triton.knobs.runtime.interpret else _DTYPES[x.dtype]
@@ -49,10 +49,9 @@ def add_sorted(
     # The same pointer again where a layer has fewer slices: three is the most that vLLM packs.
     padded = [*U, *[U[0]] * (3 - n)]
     sizes = [own.shape[2] for own in U] + [0] * (3 - n)
-    ends = [sum(widths[: i + 1]) for i in range(3)]
     _expand[(num_bases, blocks, sum(widths))](
         mixed, *padded, out, order, starts,
-        out.stride(0), *sizes, *ends[:2],
+        out.stride(0), *sizes, widths[0], sum(widths[:2]),
         N=n, R=R, DOT=dot, BLOCK_T=block_tokens, BLOCK_O=block_out, BLOCK_R=block_rank,
     )  # fmt: skip
 

@@ -61,9 +61,11 @@ class HomeModelManager(LRUCacheLoRAModelManager):
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
         self.kernels = self.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY]
         self.index = TokenIndex(self.settings, max_num_batched_tokens, self.device)
-        self.basis_kernels = get_punica_wrapper(
-            max_num_batched_tokens, max_batches=self.max_num_seqs, device=self.device, lora_config=self.lora_config
-        )
+        self.basis_kernels = None
+        if self.settings.products == "static" and self.settings.num_clusters > 1:
+            self.basis_kernels = get_punica_wrapper(
+                max_num_batched_tokens, max_batches=self.max_num_seqs, device=self.device, lora_config=self.lora_config
+            )
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
@@ -97,7 +99,7 @@ class HomeModelManager(LRUCacheLoRAModelManager):
         def apply_static(layer: Any, x: Tensor, out: Tensor) -> Tensor:
             flat_x, flat_out = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
             if settings.products == "triton":
-                stack.add_triton(flat_out, flat_x, index.sorted)
+                stack.add_triton(flat_out, flat_x, index)
             elif settings.num_clusters:
                 stack.add_static(flat_out, flat_x, index.core_slots[: flat_x.shape[0]], basis_kernels)
             # Constants of the engine, not of the batch: a capture may not freeze what the batch happened to hold.
@@ -112,7 +114,7 @@ class HomeModelManager(LRUCacheLoRAModelManager):
         if self.settings.products != "grouped":
             of_factors = {lora_id: place.slot + 1 for lora_id, place in self.places.items() if place.position is None}
             update_kernels(self.kernels, [of_factors.get(i, 0) for i in mapping.index_mapping], self.lora_slots)
-            if self.settings.products == "static" and self.settings.num_clusters > 1:
+            if self.basis_kernels is not None:
                 update_kernels(self.basis_kernels, positions, self.settings.num_clusters + 1)
         self._last_mapping = mapping
 

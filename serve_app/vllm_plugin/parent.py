@@ -20,9 +20,11 @@ def announce() -> None:
 
 
 def end_with_parent() -> None:
-    """Called in each of vLLM's processes; watches in those that an announced process started itself."""
+    """Called in each of vLLM's processes, possibly more than once; watches in those that an announced process started
+    itself."""
     parent = os.getppid()
     if os.environ.get(_VARIABLE) == str(parent):
+        del os.environ[_VARIABLE]  # one watch is enough
         threading.Thread(target=_watch, args=(parent,), name="watch-parent", daemon=True).start()
 
 

@@ -62,21 +62,13 @@ class FactorTokens:
     rows: Tensor | None
 
 
-@dataclass(frozen=True)
-class SortedTokens:
-    """The same on the device at fixed addresses, for the Triton kernels. ``order`` (max_tokens,) int32: rows in the
-    order of their bases; those of basis c stand at starts[c] <= k < starts[c + 1]; ``starts`` (C + 1,) int32. Rows
-    without a basis, and padding, stand nowhere. ``slots`` (max_tokens,) int64: each row's flat core index, by row.
-    """
-
-    order: Tensor
-    starts: Tensor
-    slots: Tensor
-
-
 @dataclass
 class TokenIndex:
     """The current step's, written by ``set`` between two forward passes and read by every layer.
+
+    ``core_slots`` (max_tokens,) int64: each row's flat core index (``static`` and ``triton`` products). ``order``
+    (max_tokens,) int32 and ``starts`` (C + 1,) int32, of ``triton``: rows in the order of their bases; those of basis c
+    stand at starts[c] <= k < starts[c + 1], rows without a basis and padding nowhere. All at fixed addresses.
 
     Padded tokens read the buffers too, and so does a captured graph's warm-up: each entry is always a valid slot;
     those without an adapter stand on the last one, which is always zero.
@@ -91,11 +83,8 @@ class TokenIndex:
     def __post_init__(self) -> None:
         self.zero_slot = self.settings.num_clusters * self.settings.slots_per_cluster
         self.core_slots = torch.full((self.max_tokens,), self.zero_slot, dtype=torch.int64, device=self.device)
-        self.sorted = SortedTokens(
-            torch.zeros(self.max_tokens, dtype=torch.int32, device=self.device),
-            torch.zeros(self.settings.num_clusters + 1, dtype=torch.int32, device=self.device),
-            self.core_slots,
-        )
+        self.order = torch.zeros(self.max_tokens, dtype=torch.int32, device=self.device)
+        self.starts = torch.zeros(self.settings.num_clusters + 1, dtype=torch.int32, device=self.device)
 
     def set(self, ids: Sequence[int], places: Mapping[int, Place]) -> tuple[int, ...]:
         """``ids``: each token's LoRA id, 0 for the base. Returns each token's basis position + 1, 0 without one."""
@@ -103,35 +92,39 @@ class TokenIndex:
         found = [places[int(lora_id)] if lora_id > 0 else None for lora_id in unique]
         slots = np.array([self._flat(place) for place in found], dtype=np.int64)
         positions = np.array([_position(place) for place in found], dtype=np.int64)
-        if self.settings.products == "grouped":
-            self._group(found, slots, positions, inverse)
-        else:
+        by_token = positions[inverse]
+        if self.settings.products != "grouped":
             self.core_slots.fill_(self.zero_slot)
             self.core_slots[: len(inverse)].copy_(torch.from_numpy(slots[inverse]))
-        if self.settings.products == "triton":
-            own = positions[inverse]
-            order = np.argsort(own, kind="stable")
-            starts = np.searchsorted(own[order], np.arange(self.settings.num_clusters + 1))
-            self.sorted.order[: len(order)].copy_(torch.from_numpy(order))
-            self.sorted.starts.copy_(torch.from_numpy(starts))
-        return tuple((positions + 1)[inverse].tolist())
+        if self.settings.products != "static":
+            # Stable, so that tokens that are all on one basis stay as they stand.
+            order = np.argsort(by_token, kind="stable")
+            starts = np.searchsorted(by_token[order], np.arange(self.settings.num_clusters + 1))
+            if self.settings.products == "grouped":
+                self._group(found, slots, inverse, order, starts)
+            else:
+                self.order[: len(order)].copy_(torch.from_numpy(order))
+                self.starts.copy_(torch.from_numpy(starts))
+        return tuple((by_token + 1).tolist())
 
     def _group(
-        self, found: Sequence[Place | None], slots: np.ndarray, positions: np.ndarray, inverse: np.ndarray
+        self,
+        found: Sequence[Place | None],
+        slots: np.ndarray,
+        inverse: np.ndarray,
+        order: np.ndarray,
+        starts: np.ndarray,
     ) -> None:
-        own = positions[inverse]
-        # Stable, so that tokens of one basis alone stay as they stand.
-        order = np.argsort(own, kind="stable")
-        order = order[np.searchsorted(own[order], 0) :]
+        own, sizes = order[starts[0] :], np.diff(starts)
+        present = np.flatnonzero(sizes)
         self.on_bases = None
-        if len(order):
-            present, sizes = np.unique(own[order], return_counts=True)
-            in_place = len(present) == 1 and len(order) == len(inverse)
+        if len(own):
+            in_place = len(present) == 1 and len(own) == len(inverse)
             self.on_bases = BasisTokens(
                 tuple(present.tolist()),
-                tuple(sizes.tolist()),
-                None if in_place else torch.from_numpy(order),
-                torch.from_numpy(slots[inverse[order]]),
+                tuple(sizes[present].tolist()),
+                None if in_place else torch.from_numpy(own),
+                torch.from_numpy(slots[inverse[own]]),
             )
         self.on_factors = []
         for number, place in enumerate(found):
