@@ -191,6 +191,8 @@ def main() -> None:
     add("--bases", type=int, nargs="+", default=[1, 25])
     add("--repeats", type=int, default=11)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; give --device cpu, or install a build of torch for GPUs")
     dtype_name = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     dtype, device = getattr(torch, dtype_name), torch.device(args.device)
     names = ["base", "grouped"]

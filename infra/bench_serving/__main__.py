@@ -302,6 +302,8 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("rounds", "requests", "clients", "rank", *(("counts",) if min(args.counts) < 1 else ())):
         if name == "counts" or getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; give --device cpu, or install a build of torch for GPUs")
     if args.requests < args.clients:
         parser.error(f"--requests {args.requests} are fewer than --clients {args.clients}: the batch would never fill")
     return args
