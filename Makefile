@@ -73,7 +73,8 @@ test-slow: $(READY) $(BASE)
 	$(BIN)/python -m pytest -m "slow and not vllm" $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_READY) $(BASE)
-	$(VLLM_BIN)/python -m pytest -m vllm $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(VLLM_BIN)/python -m pytest tests/test_kernel.py $(PYTEST_ARGS)
+	$(VLLM_BIN)/python -m pytest -m vllm --ignore tests/test_kernel.py $(PYTEST_ARGS)
 
 test-vllm-slow: $(VLLM_READY) $(BASE)
 	ENGINE=vllm $(VLLM_BIN)/python -m pytest tests/test_http.py tests/test_exactness.py $(PYTEST_ARGS)
