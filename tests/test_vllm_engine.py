@@ -424,7 +424,7 @@ def test_vllm_ends_with_a_replica_that_is_killed_hard(base_path: Path, zoo_path:
         try:
             assert process.stdout is not None
             assert any("ready" in text for text in process.stdout)
-            assert len(processes_named("VLLM::", process.pid)) >= 2, "an engine and its worker"
+            assert processes_named("VLLM::", process.pid), "vLLM runs"
             process.kill()
             deadline = time.monotonic() + 30
             while processes_named("VLLM::", process.pid):

@@ -26,9 +26,10 @@ and at the largest N, for what a registered adapter and the way over HTTP cost:
 Loads: paper has 24 tokens in and 10 out, chat 128 in and 64 out. Prompts are random tokens, no two alike, so that
 prefix caching, which is on in every row, finds nothing. --clients ask at once, each its next question as soon as its
 last is answered. The module types that the adapters change are vLLM's lora_target_modules in every row.
-Rows take turns, in an order drawn anew each round, with the same questions: a, b and e@1 with two others at a time,
-for memory holds no more engines. A ratio is the median of the rounds' own ratios, with an interval of 95% (of 6 rounds
-or more). Start: from nothing to ready with all adapters. Progress is on stderr.
+On a CPU vLLM's worker is within its engine process in every row, as VllmEngine has it; the two processes that vLLM
+would start are slower on few cores. Rows take turns, in an order drawn anew each round, with the same questions: a, b
+and e@1 with two others at a time, for memory holds no more engines. A ratio is the median of the rounds' own ratios,
+with an interval of 95% (of 6 rounds or more). Start: from nothing to ready with all adapters. Progress is on stderr.
 Last line: JSON.
 """
 

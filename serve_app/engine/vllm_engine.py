@@ -314,6 +314,10 @@ def base_options(base: Path, settings: VllmSettings) -> dict[str, Any]:
         if settings.num_threads is not None:
             os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
         options = {"enforce_eager": True}
+        if settings.tensor_parallel_size == 1:
+            # The worker within vLLM's engine process. On CPUs it is a process of its own otherwise, for which that one
+            # waits by spinning: on a core that the products need. By name: vLLM turns plain "uni" back.
+            options["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     if settings.kv_bytes is not None:
         options["kv_cache_memory_bytes"] = settings.kv_bytes
     return options | {

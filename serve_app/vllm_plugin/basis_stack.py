@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from cluster.layer import ModuleWeights
 from serve_app.vllm_plugin.settings import PluginSettings
-from serve_app.vllm_plugin.token_index import BasisTokens, TokenIndex
+from serve_app.vllm_plugin.token_index import BasisTokens, Padding, TokenIndex
 
 
 class BasisStack:
@@ -63,20 +63,31 @@ class BasisStack:
             out_i[t] += U_i[c] S_i[s] V_i[c]^T x[t]
 
         out (T, sum of d_out_i) is changed in place; x (T, d_in); both of the stack's dtype. A token meets its own basis
-        only. With 32 tokens on 25 bases most products have one or two rows: what counts is how few calls there are,
-        so all write into one buffer, the cores are one product for all, and nothing is sliced anew.
+        only.
         """
         rows = x if tokens.rows is None else x.index_select(0, tokens.rows)
-        h = rows.new_empty(len(rows), self.num_slices * self.rank)
-        for position, own, target in zip(
-            tokens.positions, rows.split_with_sizes(tokens.sizes), h.split_with_sizes(tokens.sizes), strict=True
-        ):
-            torch.mm(own, self._V_T[position], out=target)
-        mixed = self._mix(h, tokens.slots)
         if tokens.rows is None:
-            add_slices(out, None, [(mixed[:, i], self.U[i][tokens.positions[0], 0]) for i in range(self.num_slices)])
-            return
-        delta = out.new_empty(len(rows), out.shape[1])
+            position = tokens.positions[0]
+            mixed = self._mix(torch.mm(rows, self._V_T[position]), tokens.slots)
+            add_slices(out, None, [(mixed[:, i], U[position, 0]) for i, U in enumerate(self.U)])
+        elif tokens.padding is None:
+            mixed = self._mix(self._shrink_each(rows, tokens), tokens.slots)
+            out.index_add_(0, tokens.rows, self._expand_each(mixed, tokens))
+        else:
+            mixed = self._mix(self._shrink_padded(rows, tokens.padding), tokens.slots)
+            out.index_add_(0, tokens.rows, self._expand_padded(mixed, tokens.padding))
+
+    def _shrink_each(self, rows: Tensor, tokens: BasisTokens) -> Tensor:
+        h = rows.new_empty(len(rows), self.num_slices * self.rank)
+        parts = zip(
+            tokens.positions, rows.split_with_sizes(tokens.sizes), h.split_with_sizes(tokens.sizes), strict=True
+        )
+        for position, own, target in parts:
+            torch.mm(own, self._V_T[position], out=target)
+        return h
+
+    def _expand_each(self, mixed: Tensor, tokens: BasisTokens) -> Tensor:
+        delta = mixed.new_empty(len(mixed), sum(self.d_outs))
         for i, columns in enumerate(delta.split_with_sizes(self.d_outs, dim=1)):
             parts = zip(
                 tokens.positions,
@@ -86,7 +97,22 @@ class BasisStack:
             )
             for position, own, target in parts:
                 torch.mm(own, self._U_T[i][position], out=target)
-        out.index_add_(0, tokens.rows, delta)
+        return delta
+
+    # With 32 tokens on 25 bases each product has one or two rows, and what counts is how few calls there are: one for
+    # all bases, each with as many rows as the fullest has, zeros where it has fewer tokens.
+
+    def _shrink_padded(self, rows: Tensor, padding: Padding) -> Tensor:
+        C, width = self.settings.num_clusters, padding.width
+        padded = rows.new_zeros(C * width, self.d_in).index_copy_(0, padding.places, rows).view(C, width, -1)
+        return torch.bmm(padded, self.V[:C, 0].transpose(1, 2)).flatten(0, 1).index_select(0, padding.places)
+
+    def _expand_padded(self, mixed: Tensor, padding: Padding) -> Tensor:
+        C, width = self.settings.num_clusters, padding.width
+        padded = mixed.new_zeros(C * width, self.num_slices, self.rank).index_copy_(0, padding.places, mixed)
+        parts = padded.view(C, width, self.num_slices, self.rank).unbind(2)
+        deltas = [torch.bmm(part, U[:C, 0].transpose(1, 2)) for part, U in zip(parts, self.U, strict=True)]
+        return torch.cat([delta.flatten(0, 1).index_select(0, padding.places) for delta in deltas], dim=1)
 
     def add_static(self, out: Tensor, x: Tensor, core_slots: Tensor, kernels: Any) -> None:
         """The same for all tokens at once, by their core (T,), without a look at the batch's content. With several

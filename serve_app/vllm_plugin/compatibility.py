@@ -50,6 +50,7 @@ SYMBOLS = {
         "PunicaWrapperBase.add_expand",
     ),
     "vllm.lora.punica_wrapper.punica_selector": ("get_punica_wrapper",),
+    "vllm.v1.executor.uniproc_executor": ("UniProcExecutor",),
 }
 
 
