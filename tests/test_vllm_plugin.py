@@ -122,7 +122,8 @@ def test_few_tokens_on_most_bases_are_padded_and_no_basis_reaches_anothers_token
         tensor[1] = torch.nan  # the cluster that nobody asks for
     index, ids = TokenIndex(own, 2048, CPU), [9, 1, 0, 2, 12, 9, 9]
     index.set(ids, places)
-    assert index.on_bases is not None and index.on_bases.padding is not None
+    assert index.on_bases is not None
+    assert index.on_bases.padding is not None
     assert index.on_bases.padding.width == 4
     x, out = torch.randn(len(ids), D_IN), torch.zeros(len(ids), sum(D_OUTS))
     stack.add_grouped(out, x, index.on_bases)
@@ -130,7 +131,8 @@ def test_few_tokens_on_most_bases_are_padded_and_no_basis_reaches_anothers_token
     torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-3)
     for ids in ([0, 1, 2], [1, 5, 9] * 200):  # one basis of three; rows beyond what padding is worth
         index.set(ids, places)
-        assert index.on_bases is not None and index.on_bases.padding is None
+        assert index.on_bases is not None
+        assert index.on_bases.padding is None
 
 
 def test_static_products_with_one_cluster_need_no_kernels() -> None:
