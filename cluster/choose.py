@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.adapter import AdapterRecord
-from cluster.clustering import Labels, Sample, adapter_errors, balanced_kmeans, joint_features, random_balanced
+from cluster.balanced import Labels, balanced_kmeans, random_balanced
+from cluster.clustering import adapter_errors, joint_features
 from cluster.manifest import ModuleShape
+from cluster.sample import Sample
 
 _FEATURE_RANK = 16
 

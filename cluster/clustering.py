@@ -11,24 +11,19 @@ bases that the adapter had no part in: each cluster is fitted on half of its ada
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.adapter import AdapterRecord
+from cluster.balanced import Labels, balanced_assignment, balanced_kmeans, random_balanced
 from cluster.factors import FactorStack
 from cluster.jd import Basis, captured_energy, jd_full, relative_errors, unit_cores
 from cluster.methods import METHODS
+from cluster.sample import Sample
 
 MAX_ROUNDS = 6
-_BALANCE = 1.25  # a cluster holds at most ceil(1.25 N / k) adapters
-_KMEANS_ITERATIONS = 20
-
-Labels = NDArray[np.int64]
-"""(N,): each adapter's cluster, 0 .. k-1."""
 
 
 @dataclass(frozen=True)
@@ -49,51 +44,6 @@ class Assignment:
     @property
     def random_error(self) -> float:
         return float(self.random_errors.mean())
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Stacks of the sampled modules, and what each stands for in each adapter's error: weights (N, modules)
-    whose rows sum to 1, 0 where it does not touch the module."""
-
-    stacks: tuple[FactorStack, ...]
-    weights: NDArray[np.float64]
-
-    @staticmethod
-    def of(
-        stacks: Mapping[str, FactorStack],
-        num_adapters: int,
-        kind_energies: Mapping[str, NDArray[np.float64]] | None = None,
-    ) -> Sample:
-        """``kind_energies``: kind of module -> the adapters' energy in all modules of that kind (N,). With it a
-        module stands for its kind, so that the sample's errors estimate those over all modules; without, each
-        stands for itself."""
-        energies = np.zeros((num_adapters, len(stacks)))
-        for m, stack in enumerate(stacks.values()):
-            energies[list(stack.members), m] = stack.norms.square().numpy()
-        if kind_energies is not None:
-            kinds = np.array([kind_of(module) for module in stacks])
-            for kind in np.unique(kinds):
-                of_kind = energies[:, kinds == kind]
-                scale = _divide(kind_energies[str(kind)][:, None], of_kind.sum(1, keepdims=True))
-                energies[:, kinds == kind] = of_kind * scale
-        return Sample(tuple(stacks.values()), _divide(energies, energies.sum(1, keepdims=True)))
-
-    @property
-    def num_adapters(self) -> int:
-        return len(self.weights)
-
-    def select(self, adapters: Sequence[int]) -> Sample:
-        """The sample of ``adapters`` alone, renumbered 0, 1, ..."""
-        new_number = {adapter: number for number, adapter in enumerate(adapters)}
-        stacks, kept = [], []
-        for m, stack in enumerate(self.stacks):
-            positions = [i for i, member in enumerate(stack.members) if member in new_number]
-            if positions:
-                own = stack.select(positions)
-                stacks.append(replace(own, members=tuple(new_number[member] for member in own.members)))
-                kept.append(m)
-        return Sample(tuple(stacks), self.weights[np.ix_(list(adapters), kept)])
 
 
 def assign(sample: Sample, num_clusters: int, rank: int, seed: int) -> Assignment:
@@ -151,11 +101,6 @@ def share_clusters(sizes: Sequence[int], num_clusters: int) -> list[int]:
     while sum(shares) < min(num_clusters, sum(sizes)):
         shares[max(range(len(sizes)), key=lambda t: sizes[t] / shares[t] if shares[t] < sizes[t] else 0)] += 1
     return shares
-
-
-def random_balanced(num_adapters: int, num_clusters: int, rng: np.random.Generator) -> Labels:
-    """Sizes differ by at most one."""
-    return rng.permutation(np.arange(num_adapters, dtype=np.int64) % num_clusters)
 
 
 def adapter_errors(
@@ -224,31 +169,6 @@ def _held_out_gains(
     return gains
 
 
-def balanced_assignment(gains: NDArray[np.float64], labels: Labels) -> Labels:
-    """Each adapter to the cluster of highest gain that has room, those with most to lose first; where gains
-    tie it stays. No cluster is left empty. gains (N, k), labels (N,) the present ones."""
-    num_adapters, k = gains.shape
-    capacity = math.ceil(_BALANCE * num_adapters / k)
-    preferred = gains.copy()
-    preferred[np.arange(num_adapters), labels] += 1e-9
-    ordered = np.sort(preferred, axis=1)
-    regret = ordered[:, -1] - ordered[:, -2]
-    result = np.full(num_adapters, -1, dtype=np.int64)
-    sizes = np.zeros(k, dtype=np.int64)
-    for adapter in np.argsort(-regret, kind="stable"):
-        cluster = next(c for c in np.argsort(-preferred[adapter], kind="stable") if sizes[c] < capacity)
-        result[adapter] = cluster
-        sizes[cluster] += 1
-    for empty in np.flatnonzero(sizes == 0):
-        # Whoever loses least by leaving a cluster of several.
-        loss = preferred[np.arange(num_adapters), result] - preferred[:, empty]
-        loss[sizes[result] < 2] = np.inf
-        adapter = int(np.argmin(loss))
-        sizes[result[adapter]] -= 1
-        result[adapter], sizes[empty] = empty, 1
-    return result
-
-
 def joint_features(sample: Sample, rank: int, seed: int) -> NDArray[np.float64]:
     """(N, features): each adapter's cores on one basis shared by all, of unit length. (Raw cores differ in
     size more than in direction, and k-means on them collapses into one large cluster.)"""
@@ -273,56 +193,3 @@ def similarity(features: NDArray[np.float64], labels: Labels) -> NDArray[np.floa
     own = np.divide((sums**2).sum(1) - sizes, sizes * (sizes - 1), out=np.ones(k), where=sizes > 1)
     np.fill_diagonal(result, own)
     return result
-
-
-def balanced_kmeans(features: NDArray[np.float64], k: int, rng: np.random.Generator) -> Labels:
-    """k-means on unit vectors by cosine, with k-means++ seeding and balanced assignment."""
-    centres = features[[int(rng.integers(len(features)))]]
-    while len(centres) < k:
-        distance = (1 - (features @ centres.T).max(1)).clip(1e-9)
-        centres = np.concatenate([centres, features[[int(rng.choice(len(features), p=distance / distance.sum()))]]])
-    labels = balanced_assignment(features @ centres.T, np.zeros(len(features), dtype=np.int64))
-    for _ in range(_KMEANS_ITERATIONS):
-        sums = np.stack([features[labels == cluster].sum(0) for cluster in range(k)])
-        centres = sums / np.linalg.norm(sums, axis=1, keepdims=True).clip(1e-12)
-        moved = balanced_assignment(features @ centres.T, labels)
-        if (moved == labels).all():
-            break
-        labels = moved
-    return labels
-
-
-def _divide(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:
-    """0 where the denominator is."""
-    out = np.zeros(np.broadcast(numerator, denominator).shape)
-    np.divide(numerator, denominator, out=out, where=denominator > 0)
-    return out
-
-
-def sample_modules(modules: list[str], per_kind: int = 3) -> list[str]:
-    """A few modules of every kind, spread over the depth of the model.
-
-    A kind is a module's name without its layer's number; ``modules`` in the model's order.
-    """
-    kinds: dict[str, list[str]] = {}
-    for module in modules:
-        kinds.setdefault(kind_of(module), []).append(module)
-    chosen = []
-    for of_kind in kinds.values():
-        count = min(per_kind, len(of_kind))
-        chosen += [of_kind[(2 * i + 1) * len(of_kind) // (2 * count)] for i in range(count)]
-    return chosen
-
-
-def kind_energies(records: Sequence[AdapterRecord]) -> dict[str, NDArray[np.float64]]:
-    """Kind of module -> the adapters' energies in all modules of that kind (N,)."""
-    energies: dict[str, NDArray[np.float64]] = {}
-    for i, record in enumerate(records):
-        for module, places in record.modules.items():
-            energies.setdefault(kind_of(module), np.zeros(len(records)))[i] += places.energy
-    return energies
-
-
-def kind_of(module: str) -> str:
-    """``model.layers.7.self_attn.q_proj`` -> ``model.layers.*.self_attn.q_proj``"""
-    return ".".join("*" if part.isdigit() else part for part in module.split("."))

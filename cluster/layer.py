@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cluster.errors import BundleError
+
 
 @dataclass(frozen=True)
 class ModuleWeights:
@@ -25,6 +27,20 @@ class ModuleWeights:
     U: Tensor  # (d_out, r_U)
     V: Tensor  # (d_in, r_V)
     cores: Tensor | None  # (n, r_U, r_V), or (n, r) for diagonal cores
+
+    def check(self, home: str, module: str, d_in: int, d_out: int) -> None:
+        """Raises BundleError unless these fit each other and a linear layer of ``d_in`` features to ``d_out``."""
+        r_U, r_V = self.U.shape[-1], self.V.shape[-1]
+        expected: list[tuple[str, Tensor, tuple[int, ...]]] = [("U", self.U, (d_out, r_U)), ("V", self.V, (d_in, r_V))]
+        if self.cores is not None:
+            n = self.cores.shape[0]
+            expected.append(("cores", self.cores, (n, r_U, r_V) if self.cores.dim() == 3 else (n, r_U)))
+        for part, tensor, shape in expected:
+            if tuple(tensor.shape) != shape:
+                raise BundleError(
+                    f"home {home!r}: {part} of module {module!r} is {tuple(tensor.shape)}, expected {shape} for the "
+                    "base model loaded here; serve the bundle on the base it was made for"
+                )
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> ModuleWeights:
         cores = None if self.cores is None else self.cores.to(device, dtype)

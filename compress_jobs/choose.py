@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from cluster.choose import Choice, CollectionShape, best_choice, choose_svd, cluster_counts
-from cluster.clustering import kind_energies
 from cluster.errors import ConfigError
+from cluster.sample import kind_energies
 from compress_jobs import tasks
 from compress_jobs.options import AUTO
 from compress_jobs.progress import say

@@ -11,16 +11,10 @@ from torch import Tensor
 
 from cluster.adapter import Factors
 from cluster.choose import Choice, CollectionShape, candidate_labels, choose_rank
-from cluster.clustering import (
-    Sample,
-    assign_apart,
-    group_by_tenant,
-    joint_features,
-    share_clusters,
-    similarity,
-)
+from cluster.clustering import assign_apart, group_by_tenant, joint_features, share_clusters, similarity
 from cluster.factors import stack_factors
 from cluster.manifest import tenant_of
+from cluster.sample import Sample
 from compress_jobs.context import JobContext
 from compress_jobs.parts import once, read_tensors
 

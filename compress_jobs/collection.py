@@ -14,11 +14,13 @@ import numpy as np
 import torch
 
 from cluster.adapter import Factors, factored_energy, list_adapters, read_adapter
+from cluster.balanced import Labels
 from cluster.base import read_base
-from cluster.clustering import Labels, Sample, assign, sample_modules
+from cluster.clustering import assign
 from cluster.errors import AdapterRefused, ConfigError
 from cluster.factors import FactorStack, stack_factors
 from cluster.methods import JointMethod
+from cluster.sample import Sample, sample_modules
 from cluster.store import open_store
 from cluster.svd import components_at_equal_bytes, spectra, truncate
 from compress_jobs.progress import say

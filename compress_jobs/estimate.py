@@ -16,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.adapter import AdapterFiles, AdapterRecord, Factors, read_adapter
+from cluster.balanced import random_balanced
 from cluster.base import BaseModel
 from cluster.choose import CollectionShape, choose_svd
-from cluster.clustering import Sample, adapter_errors, kind_energies, random_balanced, sample_modules
+from cluster.clustering import adapter_errors
 from cluster.errors import AdapterRefused, ConfigError, StoreForbidden, StoreMissing
 from cluster.factors import stack_factors
+from cluster.sample import Sample, kind_energies, sample_modules
 from cluster.store import Store
 from cluster.svd import spectra as squared_singular_values
 from compress_jobs.inspect_adapter import adapter_spectra

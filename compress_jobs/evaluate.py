@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -22,11 +22,11 @@ VARIANTS = ("base", "uncompressed", "served", "svd_equal_bytes")
 
 
 def evaluate(
-    bundle: Bundle, base: str, adapters: str, tasks: Mapping[str, Task]
+    bundle: Bundle, base: str, adapters: str, tasks: Mapping[str, Task], accept_base: Collection[str] = ()
 ) -> tuple[Examiner, dict[str, dict[str, Score]]]:
     """Variant -> adapter id -> score, for every served adapter that has a task; and the examiner, which knows what
-    they are relative to. ``base`` is a local folder."""
-    originals = _read_originals(bundle, base, adapters)
+    they are relative to. ``base`` is a local folder; ``accept_base`` are further names that adapters may call it by."""
+    originals = _read_originals(bundle, base, adapters, accept_base)
     dtype = getattr(torch, bundle.manifest.method.dtype)
     truncated = truncate_to_bytes(originals, bundle.manifest.resident_bytes(), dtype)
     examiner = Examiner(Scorer(base), originals, tasks)
@@ -38,9 +38,11 @@ def evaluate(
     return examiner, scores
 
 
-def _read_originals(bundle: Bundle, base: str, adapters: str) -> dict[str, dict[str, Factors]]:
+def _read_originals(
+    bundle: Bundle, base: str, adapters: str, accept_base: Collection[str]
+) -> dict[str, dict[str, Factors]]:
     manifest = bundle.manifest
-    described = read_base(base, name=manifest.base.name)
+    described = read_base(base, name=manifest.base.name, accept=accept_base)
     if described.fingerprint != manifest.base.fingerprint:
         raise ConfigError(f"--base {base}: another model than the bundle's base {manifest.base.name}; give that one")
     store = open_store(adapters)
@@ -52,7 +54,6 @@ def _read_originals(bundle: Bundle, base: str, adapters: str) -> dict[str, dict[
             except AdapterRefused as refused:
                 if refused.reason != "base":
                     raise
-                # The job was told --accept-base; the fingerprint has been checked above.
                 raise ConfigError(f"{refused}") from None
             if record.version != manifest.adapters[files.adapter_id].version:
                 raise ConfigError(

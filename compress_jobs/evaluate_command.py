@@ -24,6 +24,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("uri", help="the job's --out, or <out>/bundles/<bundle_id>")
     parser.add_argument("--adapters", metavar="URI", required=True, help="the collection that was compressed")
     parser.add_argument("--base", metavar="PATH", required=True, help="the base model's local folder")
+    parser.add_argument(
+        "--accept-base", metavar="NAME", action="append", default=[], help="as for `run`: further name of the base"
+    )
     parser.add_argument("--tasks", metavar="FILE", type=Path, required=True, help="JSON lines: name, question, test")
     parser.add_argument("--rows", metavar="N", type=int, default=32, help="held-out rows an adapter (default: 32)")
     parser.set_defaults(execute=_evaluate)
@@ -36,7 +39,9 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     from compress_jobs.scorer import read_tasks
 
     tasks = read_tasks(parsed.tasks, parsed.rows)
-    examiner, scores = evaluate(Bundle.open(parsed.uri), parsed.base, parsed.adapters, tasks)
+    examiner, scores = evaluate(
+        Bundle.open(parsed.uri), parsed.base, parsed.adapters, tasks, accept_base=parsed.accept_base
+    )
     print(f"{'loss exact Rouge-L agree':<24}" + "".join(f"{variant:>28}" for variant in VARIANTS))
     for adapter_id in examiner.base:
         rows = (scores[variant][adapter_id] for variant in VARIANTS)

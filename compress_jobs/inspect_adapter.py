@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 
 from cluster.adapter import AdapterFiles, AdapterRecord, Factors, read_adapter
-from cluster.clustering import sample_modules
 from cluster.errors import AdapterRefused, StoreForbidden, StoreMissing
 from cluster.factors import stack_factors
 from cluster.manifest import Refused
+from cluster.sample import sample_modules
 from cluster.svd import spectra
 from compress_jobs.context import JobContext
 from compress_jobs.parts import once, tensors_stand, write_tensors

@@ -15,10 +15,10 @@ import numpy as np
 from cluster.adapter import AdapterRecord, list_adapters
 from cluster.base import read_base
 from cluster.bundle import read_current, read_manifest, revision_key
-from cluster.clustering import kind_energies, sample_modules
 from cluster.errors import BundleError, ConfigError, CtsError, InputError, PublishConflict, StoreMissing
 from cluster.manifest import Base, Manifest, Method, Refused
 from cluster.publish import missing_objects, publish
+from cluster.sample import kind_energies, sample_modules
 from compress_jobs import tasks
 from compress_jobs.assemble import Changed
 from compress_jobs.choose import choose, confirm

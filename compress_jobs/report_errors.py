@@ -190,7 +190,7 @@ def _verdict_on_split(report: Notes) -> str:
     if ours is None or at_random is None:
         return ""
     figures = f"(mean {error_text(ours.mean)} against {error_text(at_random.mean)})"
-    if ours.mean < 0.99 * at_random.mean:
+    if ours.is_clearly_below(at_random):
         return (
             f"Clustering lowers the error of a random balanced split by {1 - ours.mean / at_random.mean:.1%} {figures}."
         )

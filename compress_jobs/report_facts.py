@@ -31,13 +31,13 @@ def verdict_on_svd(served: ErrorFigure | None, svd: ErrorFigure | None) -> str:
     if served is None or svd is None:
         return ""
     figures = f"{error_text(served.mean)} against {error_text(svd.mean)}"
-    if svd.mean < 0.99 * served.mean:
+    if svd.is_clearly_below(served):
         return (
             f"On this collection plain truncation by SVD wins at equal bytes: mean error of this bundle {figures}. "
             "Joint compression wins where the number of adapters is large against clusters × rank; what it gives here "
             "besides is less traffic per token (a core instead of an adapter's own factors)."
         )
-    if served.mean < 0.99 * svd.mean:
+    if served.is_clearly_below(svd):
         less = f"{1 - served.mean / svd.mean:.1%} less"
         return f"At equal bytes this bundle loses {less} than plain truncation by SVD: mean error {figures}."
     return f"At equal bytes this bundle and plain truncation by SVD are within 1% of each other: mean error {figures}."

@@ -25,6 +25,10 @@ class ErrorFigure:
         worst = max(errors, key=lambda adapter_id: errors[adapter_id])
         return ErrorFigure(sum(errors.values()) / len(errors), errors[worst], worst)
 
+    def is_clearly_below(self, other: ErrorFigure) -> bool:
+        """By more than a hundredth of the other's mean: less is not worth a claim."""
+        return self.mean < 0.99 * other.mean
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -86,7 +90,7 @@ class Summary:
             if figure is not None:
                 out.append(f"           {name:<34} {figure.mean:6.4f}   {figure.worst:6.4f}  {figure.worst_adapter}")
         if self.random_split is not None and self.clustering is not None:
-            out.append(f"           {_verdict(self.clustering.mean, self.random_split.mean)}")
+            out.append(f"           {_verdict(self.clustering, self.random_split)}")
         for mode in ("truncated", "raw"):
             for adapter_id, adapter in sorted(manifest.adapters.items()):
                 if adapter.mode == mode:
@@ -98,7 +102,7 @@ class Summary:
         return out
 
 
-def _verdict(error: float, random_error: float) -> str:
-    if error < random_error * 0.99:
-        return f"clustering lowers the error of a random split by {1 - error / random_error:.1%}"
+def _verdict(ours: ErrorFigure, at_random: ErrorFigure) -> str:
+    if ours.is_clearly_below(at_random):
+        return f"clustering lowers the error of a random split by {1 - ours.mean / at_random.mean:.1%}"
     return "clustering is no better than a random split here: these adapters show no groups worth the name"

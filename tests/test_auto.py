@@ -12,9 +12,10 @@ import pytest
 from cluster.adapter import list_adapters, read_adapter
 from cluster.base import read_base
 from cluster.choose import CollectionShape
-from cluster.clustering import Sample, adapter_errors, assign
+from cluster.clustering import adapter_errors, assign
 from cluster.errors import ConfigError
 from cluster.factors import stack_factors
+from cluster.sample import Sample
 from cluster.store import open_store
 from compress_jobs.__main__ import main
 from tests.jobs import FEW, copy_adapters, current_manifest, dense_error, dense_served, object_bytes, run_job

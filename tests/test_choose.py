@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from cluster.balanced import random_balanced
 from cluster.choose import (
     Choice,
     CollectionShape,
@@ -16,8 +17,9 @@ from cluster.choose import (
     choose_svd,
     cluster_counts,
 )
-from cluster.clustering import Sample, adapter_errors, assign_apart, random_balanced, share_clusters, similarity
+from cluster.clustering import adapter_errors, assign_apart, share_clusters, similarity
 from cluster.factors import stack_factors
+from cluster.sample import Sample
 from tests.dense import Factors, dense, random_adapters, related_adapters, stack_of
 
 D_OUT, D_IN, RANK = 20, 28, 3

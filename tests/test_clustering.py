@@ -11,18 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cluster.clustering import (
-    Sample,
-    _held_out_gains,
-    adapter_errors,
-    assign,
-    balanced_assignment,
-    kind_of,
-    random_balanced,
-    sample_modules,
-)
+from cluster.balanced import balanced_assignment, random_balanced
+from cluster.clustering import _held_out_gains, adapter_errors, assign
 from cluster.factors import FactorStack, stack_factors
 from cluster.jd import jd_full
+from cluster.sample import Sample, kind_of, sample_modules
 from tests.dense import Factors, dense, random_adapters, related_adapters
 
 D_OUT, D_IN = 24, 30

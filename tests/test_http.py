@@ -171,6 +171,11 @@ def test_completions_name_what_answered(app: App, bundle: Bundle) -> None:
         assert raw.headers["x-served-revision"] == answer.system_fingerprint == served
         assert raw.headers["x-request-id"]
         assert answer.model == model
+        with app.client.completions.with_streaming_response.create(
+            model=model, prompt="1 + 1 =", max_tokens=3, stream=True
+        ) as streamed:
+            assert streamed.headers["x-cluster"] == cluster
+            assert streamed.headers["x-served-revision"] == served
 
 
 def test_adapters_answer_as_they_were_trained_and_the_base_as_itself(app: App) -> None:

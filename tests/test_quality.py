@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress_jobs.__main__ import main
 from tests.conftest import REPOSITORY, ZOO
-from tests.jobs import FEW, copy_adapters, current_manifest, dense_error, dense_served, run_job
+from tests.jobs import FEW, copy_adapters, current_manifest, dense_error, dense_served, rewrite, run_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_for_jobs")]
 
@@ -59,10 +59,14 @@ def test_the_evaluation_says_what_peft_says_of_base_adapter_and_export(
     base_path: Path, zoo_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapters = copy_adapters(zoo_path, tmp_path / "adapters", FEW[:3])
-    run_job(adapters, base_path, tmp_path / "out", rank=6)
-    capsys.readouterr()
+    copied = "models/smollm2-copy"  # the base's name, to one of them
+    rewrite(adapters / FEW[0], base_model_name_or_path=copied)
+    run_job(adapters, base_path, tmp_path / "out", rank=6, accept_base=(copied,))
     line = ["evaluate", str(tmp_path / "out"), "--adapters", str(adapters), "--base", str(base_path), "--rows", "4"]
-    assert main([*line, "--tasks", str(ZOO / "tasks.jsonl")]) == 0
+    line += ["--tasks", str(ZOO / "tasks.jsonl")]
+    assert main(line) == 1
+    assert f"--accept-base {copied!r}" in capsys.readouterr().err
+    assert main([*line, "--accept-base", copied]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     means = json.loads(last)
     assert means["adapters"] == 3

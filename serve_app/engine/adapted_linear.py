@@ -67,19 +67,8 @@ class AdaptedLinears:
                 f"home {home!r} changes module {name!r}, which is no linear layer of the base model loaded here; "
                 "serve the bundle on the base it was made for"
             )
-        r_U, r_V = weights.U.shape[-1], weights.V.shape[-1]
-        expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
-            ("U", weights.U, (linear.out_features, r_U)),
-            ("V", weights.V, (linear.in_features, r_V)),
-        ]
-        if weights.cores is not None:
-            n = weights.cores.shape[0]
-            expected.append(("cores", weights.cores, (n, r_U, r_V) if weights.cores.dim() == 3 else (n, r_U)))
-            if n < num_slots:
-                raise BundleError(f"home {home!r}: {n} cores at module {name!r}, the serving map has {num_slots} slots")
-        for part, tensor, shape in expected:
-            if tuple(tensor.shape) != shape:
-                raise BundleError(
-                    f"home {home!r}: {part} of module {name!r} is {tuple(tensor.shape)}, expected {shape} for the base "
-                    "model loaded here; serve the bundle on the base it was made for"
-                )
+        weights.check(home, name, linear.in_features, linear.out_features)
+        if weights.cores is not None and len(weights.cores) < num_slots:
+            raise BundleError(
+                f"home {home!r}: {len(weights.cores)} cores at module {name!r}, the serving map has {num_slots} slots"
+            )

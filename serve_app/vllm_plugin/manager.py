@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -205,23 +206,17 @@ class HomeModelManager(LRUCacheLoRAModelManager):
                     "loaded here; serve the bundle on the base it was made for, or start the replica anew where the "
                     "home is a new one"
                 )
-            r_U, r_V = own.U.shape[1], own.V.shape[1]
-            expected = [("U", own.U, (d_outs[module], r_U)), ("V", own.V, (d_ins[module], r_V))]
-            for part, tensor, shape in expected:
-                if tuple(tensor.shape) != shape:
-                    raise BundleError(
-                        f"home {home!r}: {part} of module {module!r} is {tuple(tensor.shape)}, expected {shape} for "
-                        "the base model loaded here; serve the bundle on the base it was made for"
-                    )
+            own.check(home, module, d_ins[module], d_outs[module])
+            rank = max(own.U.shape[1], own.V.shape[1])
             num_cores = 0 if own.cores is None else own.cores.shape[0]
             is_diagonal = own.cores is not None and own.cores.dim() == 2
             if (
-                max(r_U, r_V) > room
+                rank > room
                 or num_cores > self.settings.slots_per_cluster
                 or (is_cluster and is_diagonal != self.settings.is_diagonal)
             ):
                 raise BundleError(
-                    f"home {home!r}: module {module!r} has rank {max(r_U, r_V)} and {num_cores} "
+                    f"home {home!r}: module {module!r} has rank {rank} and {num_cores} "
                     f"{'diagonal' if is_diagonal else 'full'} cores, the engine was started with room for rank {room} "
                     f"and {self.settings.slots_per_cluster} {'diagonal' if self.settings.is_diagonal else 'full'} "
                     "cores a cluster; start the replica anew"
@@ -260,7 +255,7 @@ class HomeWorkerManager(LRUCacheWorkerLoRAManager):
 
     # For warm-up and graph capture vLLM adds dummies: both kinds, so that no path is captured without the other.
 
-    @property
+    @cached_property
     def _dummies(self) -> dict[int, Place]:
         settings = self._adapter_manager.settings
         places = [Place(position, 0) for position in range(settings.num_clusters)]
