@@ -16,7 +16,7 @@ from compress_jobs.options import RunOptions
 # A lost worker is tried again, and so is a store that stayed away; wrong input never is.
 _RETRIES = {"max_retries": 3, "retry_exceptions": [StoreUnreachable]}
 
-_STOP_TIMEOUT_S = 10
+_STOP_PERIOD_S, _STOP_ATTEMPTS = 3, 3
 
 
 def _remote(step: Any) -> Any:
@@ -97,9 +97,19 @@ def run_bounded(task: Any, calls: Sequence[tuple[Any, ...]], in_flight: int) -> 
             yield index, _result(done[0])
     finally:
         if running and ray.is_initialized():
-            for reference in running:
-                ray.cancel(reference)
-            ray.wait(list(running), num_returns=len(running), timeout=_STOP_TIMEOUT_S)
+            _stop(list(running))
+
+
+def _stop(running: list[Any]) -> None:
+    """Ends tasks, and returns when they have ended. Cancelling raises KeyboardInterrupt in the worker; one that is
+    raised in a callback is swallowed by Python, one in a long call into C waits. So they are asked again, and in the
+    end their process is killed."""
+    for attempt in range(_STOP_ATTEMPTS + 1):
+        for reference in running:
+            ray.cancel(reference, force=attempt == _STOP_ATTEMPTS)
+        _, running = ray.wait(running, num_returns=len(running), timeout=_STOP_PERIOD_S)
+        if not running:
+            return
 
 
 def run_one(task: Any, *arguments: Any) -> Any:

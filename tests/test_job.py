@@ -482,6 +482,36 @@ def test_when_a_task_fails_the_others_have_ended_before_the_job_hears_of_it(tmp_
     assert not (tmp_path / "part").exists()
 
 
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_task_that_misses_an_interrupt_is_stopped_all_the_same(
+    tmp_path: Path, deaf: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python swallows one that is raised in a callback; ``deaf``: all of them."""
+    monkeypatch.setattr(tasks, "_STOP_PERIOD_S", 0.5)
+
+    def step(folder: Path, fails: bool) -> None:
+        while fails and not (folder / "began").exists():
+            time.sleep(0.01)
+        if fails:
+            raise ConfigError("this one is wrong")
+        missed = 0
+        for _ in range(6000):
+            try:
+                (folder / "began").touch()
+                time.sleep(0.01)
+            except KeyboardInterrupt:
+                missed += 1
+                if missed > 1 and not deaf:
+                    (folder / "ended").touch()
+                    raise
+        (folder / "part").touch()
+
+    calls = [(tmp_path, False), (tmp_path, True)]
+    with pytest.raises(ConfigError, match="this one is wrong"):
+        list(tasks.run_bounded(ray.remote(num_cpus=1)(step), calls, 2))
+    assert {path.name for path in tmp_path.iterdir()} == ({"began"} if deaf else {"began", "ended"})
+
+
 def test_another_name_of_the_base_is_accepted_when_told(base_path: Path, zoo_path: Path, tmp_path: Path) -> None:
     adapters = copy_adapters(zoo_path, tmp_path / "adapters", FEW[:2])
     rewrite(adapters / "number-en", base_model_name_or_path="models/smollm2-copy")
