@@ -101,9 +101,9 @@ def run_bounded(task: Any, calls: Sequence[tuple[Any, ...]], in_flight: int) -> 
 
 
 def _stop(running: list[Any]) -> None:
-    """Ends tasks, and returns when they have ended. Cancelling raises KeyboardInterrupt in the worker; one that is
-    raised in a callback is swallowed by Python, one in a long call into C waits. So they are asked again, and in the
-    end their process is killed."""
+    """Ends tasks, and returns when they have ended. Cancelling raises KeyboardInterrupt in the worker, but not
+    surely: where a shell started the job in the background all its processes ignore interrupts, Python swallows one
+    that is raised in a callback, and a long call into C ends first. So they are asked again, and at last killed."""
     for attempt in range(_STOP_ATTEMPTS + 1):
         for reference in running:
             ray.cancel(reference, force=attempt == _STOP_ATTEMPTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -459,6 +460,11 @@ def test_intact_parts_whose_tensors_are_damaged_are_done_again(
     assert object_bytes(out) == object_bytes(undisturbed[0] / "out")
 
 
+def hear_interrupts() -> None:
+    """What a shell starts in the background has interrupts ignored, and so have the workers that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_when_a_task_fails_the_others_have_ended_before_the_job_hears_of_it(tmp_path: Path) -> None:
     """Or they would leave parts behind its tidying up."""
 
@@ -467,6 +473,7 @@ def test_when_a_task_fails_the_others_have_ended_before_the_job_hears_of_it(tmp_
             time.sleep(0.01)
         if fails:
             raise ConfigError("this one is wrong")
+        hear_interrupts()
         try:
             (folder / "began").touch()  # within, for from now on it may be stopped
             for _ in range(6000):
@@ -494,6 +501,7 @@ def test_a_task_that_misses_an_interrupt_is_stopped_all_the_same(
             time.sleep(0.01)
         if fails:
             raise ConfigError("this one is wrong")
+        hear_interrupts()
         missed = 0
         for _ in range(6000):
             try:
