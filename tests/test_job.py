@@ -465,14 +465,19 @@ def hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def fail_beside(folder: Path) -> None:
+    """As soon as the other task has begun."""
+    while not (folder / "began").exists():
+        time.sleep(0.01)
+    raise ConfigError("this one is wrong")
+
+
 def test_when_a_task_fails_the_others_have_ended_before_the_job_hears_of_it(tmp_path: Path) -> None:
     """Or they would leave parts behind its tidying up."""
 
     def step(folder: Path, fails: bool) -> None:
-        while fails and not (folder / "began").exists():
-            time.sleep(0.01)
         if fails:
-            raise ConfigError("this one is wrong")
+            fail_beside(folder)
         hear_interrupts()
         try:
             (folder / "began").touch()  # within, for from now on it may be stopped
@@ -497,10 +502,8 @@ def test_a_task_that_misses_an_interrupt_is_stopped_all_the_same(
     monkeypatch.setattr(tasks, "_STOP_PERIOD_S", 0.5)
 
     def step(folder: Path, fails: bool) -> None:
-        while fails and not (folder / "began").exists():
-            time.sleep(0.01)
         if fails:
-            raise ConfigError("this one is wrong")
+            fail_beside(folder)
         hear_interrupts()
         missed = 0
         for _ in range(6000):
