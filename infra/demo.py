@@ -30,6 +30,10 @@ ZOO = REPOSITORY / "infra" / "zoo"
 BASE = REPOSITORY / "build" / "base"
 SERVED = REPOSITORY / "build" / "served"  # what `make serve` publishes, its process id and log
 ENGINE = os.environ.get("ENGINE", "transformers")
+# Read by every process of Serve, so they must be set where Ray starts: tokens go from deployment to deployment by gRPC
+# instead of Ray's object store, and on the event loop that is there. Not with the router listening on a port of its own
+# besides the proxy's, which is for Serve's HAProxy and keeps a stopped application for 30 seconds.
+SERVE_SETTINGS = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
 NUM_CLUSTERS, RANK = 2, 16
 QUESTIONS_EACH = 16
 MAX_TOKENS = 24
@@ -62,6 +66,7 @@ def first_line(text: str) -> str:
 def running_application(out: Path, port: int) -> Iterator[Any]:
     """Ray on this machine, the shipped adapters compressed into ``out``, the application on 127.0.0.1:``port``.
     Yields the job's outcome; all is shut down at the end."""
+    os.environ |= SERVE_SETTINGS | os.environ
     import ray
     from ray import serve
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -447,9 +448,18 @@ def test_a_killed_replica_is_503_until_it_is_back_and_never_a_hang(split_app: Ap
 
 
 def held_by_group(app: App) -> dict[str, list[str]]:
+    # In a worker: with Serve's settings for throughput a handle lives on the event loop it is first used in, and has no
+    # end but its process'.
+    ask = ray.remote(num_cpus=0)(homes_of)
     names = app.call("GET", "/ready")[2]["groups"]
-    handles = {name: serve.get_deployment_handle(name, app.name) for name in names}
-    return {name: list(handle.status.remote().result().homes) for name, handle in handles.items()}
+    return {name: ray.get(ask.remote(app.name, name)) for name in names}
+
+
+def homes_of(app: str, group: str) -> list[str]:
+    async def ask() -> list[str]:
+        return list((await serve.get_deployment_handle(group, app).status.remote()).homes)
+
+    return asyncio.run(ask())
 
 
 def kill_replica(app: str, deployment: str) -> None:

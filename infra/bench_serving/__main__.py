@@ -163,7 +163,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         dtype=args.dtype,
         max_batch=args.clients,
         max_model_len=MAX_MODEL_LEN,
-        num_threads=len(os.sched_getaffinity(0)),
+        num_threads=args.threads,
         kv_bytes=args.kv_bytes,
     )
     results: list[dict[str, Any]] = []
@@ -293,6 +293,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=6, help="6 are the fewest that give an interval of 95%% (default: 6)")
     add("--requests", type=int, default=128, help="in a round, of each row (default: 128)")
     add("--clients", type=int, default=32, help="that ask at once; also the largest batch (default: 32)")
+    num_cpus = len(os.sched_getaffinity(0))
+    add(
+        "--threads", type=int, default=num_cpus, help="of every engine (default: one for each CPU); fewer leave the "
+        "other CPUs to what stands around an engine, as it is where that is on a GPU"
+    )  # fmt: skip
     add("--rank", type=int, default=16, help="of the clusters' bases (default: 16)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dtype", choices=tuple(DTYPE_BYTES), default="float32", help="of base and adapters (default: float32)")
@@ -300,7 +305,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--work", type=Path, default=REPOSITORY / "build/bench", help="adapters and bundles made are kept here")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name in ("rounds", "requests", "clients", "rank", *(("counts",) if min(args.counts) < 1 else ())):
+    for name in ("rounds", "requests", "clients", "threads", "rank", *(("counts",) if min(args.counts) < 1 else ())):
         if name == "counts" or getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -319,6 +324,7 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "dtype": args.dtype,
+        "engine_threads": args.threads,
         "clients": args.clients,
         "requests": args.requests,
         "rounds": args.rounds,
