@@ -31,6 +31,8 @@ class FactorStack:
     A: Tensor  # (T, d_in) float32
     B: Tensor  # (T, d_out) float32: B transposed, scaled so that B_i^T A_i has norm 1
     ranks: tuple[int, ...]  # n
+    gram_A: Tensor  # (n, R, R) float64: A_i A_i^T, zeros beyond the adapter's own rank
+    gram_B: Tensor  # (n, R, R) float64: B_i B_i^T
     norms: Tensor  # (n,) float64: ||M_i||_F
     members: tuple[int, ...]  # n: which adapter of the collection each one is
 
@@ -40,7 +42,14 @@ class FactorStack:
 
     def to(self, device: torch.device | str) -> FactorStack:
         """The same stack on ``device``; what is computed from it stays there."""
-        return replace(self, A=self.A.to(device), B=self.B.to(device), norms=self.norms.to(device))
+        return replace(
+            self,
+            A=self.A.to(device),
+            B=self.B.to(device),
+            gram_A=self.gram_A.to(device),
+            gram_B=self.gram_B.to(device),
+            norms=self.norms.to(device),
+        )
 
     def padded(self, rows: Tensor) -> Tensor:
         """(T, r) -> (n, R, r), zeros below each adapter's own rows; a view where all have one rank."""
@@ -62,10 +71,14 @@ class FactorStack:
         for rank in self.ranks:
             starts.append(starts[-1] + rank)
         rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices])
+        ranks = tuple(self.ranks[i] for i in indices)
+        R = max(ranks)
         return FactorStack(
             A=self.A[rows],
             B=self.B[rows],
-            ranks=tuple(self.ranks[i] for i in indices),
+            ranks=ranks,
+            gram_A=self.gram_A[list(indices), :R, :R],
+            gram_B=self.gram_B[list(indices), :R, :R],
             norms=self.norms[list(indices)],
             members=tuple(self.members[i] for i in indices),
         )
@@ -79,26 +92,49 @@ def stack_factors(factors: Sequence[tuple[int, Factors]]) -> FactorStack | None:
         return None
     _, (first_A, first_B) = factors[0]
     rows_A, rows_B = first_A.new_empty(total, first_A.shape[1]), first_B.new_empty(total, first_B.shape[0])
-    ranks, norms, members = [], [], []
+    ranks, grams_A, grams_B, norms, members = [], [], [], [], []
     T = 0
     for member, (A, B) in factors:
-        A, B_t = A.double(), B.double().T
-        gram_A, gram_B = A @ A.T, B_t @ B_t.T
+        wide_A, wide_B = A.double(), B.double()
+        gram_A, gram_B = wide_A @ wide_A.T, wide_B.T @ wide_B
         norm = gram_energy(gram_A, gram_B) ** 0.5
         if norm == 0:
             continue
         # Balanced factors of norm 1: the product of raw factors could leave float32.
         scale_A = float(gram_A.trace()) ** 0.5
         rank = A.shape[0]
-        torch.mul(A, 1 / scale_A, out=rows_A[T : T + rank])
-        torch.mul(B_t, scale_A / norm, out=rows_B[T : T + rank])
+        _scale(A, 1 / scale_A, rows_A[T : T + rank])
+        _scale(B.T, scale_A / norm, rows_B[T : T + rank])
         T += rank
         ranks.append(rank)
+        grams_A.append(gram_A / scale_A**2)
+        grams_B.append(gram_B * (scale_A / norm) ** 2)
         norms.append(norm)
         members.append(member)
     if not members:
         return None
-    return FactorStack(rows_A[:T], rows_B[:T], tuple(ranks), torch.tensor(norms, dtype=torch.float64), tuple(members))
+    return FactorStack(
+        A=rows_A[:T],
+        B=rows_B[:T],
+        ranks=tuple(ranks),
+        gram_A=_blocks(grams_A),
+        gram_B=_blocks(grams_B),
+        norms=torch.tensor(norms, dtype=torch.float64),
+        members=tuple(members),
+    )
+
+
+def _blocks(grams: Sequence[Tensor]) -> Tensor:
+    R = max(len(gram) for gram in grams)
+    blocks = torch.zeros(len(grams), R, R, dtype=torch.float64)
+    for block, gram in zip(blocks, grams, strict=True):
+        block[: len(gram), : len(gram)] = gram
+    return blocks
+
+
+def _scale(rows: Tensor, factor: float, out: Tensor) -> None:
+    # In float64 only where float32 has no room for the factor: twice the bytes.
+    torch.mul(rows if 1e-30 < factor < 1e30 else rows.double(), factor, out=out)
 
 
 @lru_cache(maxsize=64)

@@ -26,11 +26,14 @@ import torch
 from torch import Tensor
 
 from cluster.factors import FactorStack
+from cluster.svd import truncate_all
 
 MAX_ITERATIONS = 30
 # On what a step takes off the mean error. The change of the subspaces is no criterion: where the spectrum is flat, or
 # rank is to spare, they turn for ever at an error that has long stopped falling.
 TOLERANCE = 1e-4
+# Singular values of each adapter that the first iterations see, where more are not needed to span the basis.
+CUT_RANK = 2
 # Of lambda_min: at most a half. There, and with directions that G does not reach, the iteration stands still.
 SHIFT = 0.4
 
@@ -60,12 +63,34 @@ def jd_full(stack: FactorStack, rank: int, seed: int) -> Basis:
     if r_U == min(T, stack.B.shape[1]) and r_V == min(T, stack.A.shape[1]):
         # All that the stack spans is kept: nothing to iterate for, and products of products would cost digits.
         return Basis(_orthonormal(stack.B.T), _orthonormal(stack.A.T))
-    generator, device = torch.Generator().manual_seed(seed), stack.A.device
-    # Random mixes of the factors' own rows, not of all of space: at r = T these are already the whole span.
+    small = leading(stack, rank)
+    start = (
+        _random_basis(stack, r_U, r_V, seed) if small is None else _iterate(small, _random_basis(small, r_U, r_V, seed))
+    )
+    return _iterate(stack, start)
+
+
+def leading(stack: FactorStack, rank: int) -> FactorStack | None:
+    """The adapters' largest singular values, so many that they span twice the basis' rank; None when that is no
+    fraction of them worth the while."""
+    q = max(CUT_RANK, -(-2 * rank // stack.num_adapters))
+    kept = sum(min(q, own) for own in stack.ranks)
+    return truncate_all(stack, q) if 2 * rank <= kept <= sum(stack.ranks) / 2 else None
+
+
+def _random_basis(stack: FactorStack, r_U: int, r_V: int, seed: int) -> Basis:
+    """Random mixes of the factors' own rows, not of all of space: at r = T these are already the whole span."""
+    T, generator, device = len(stack.A), torch.Generator().manual_seed(seed), stack.A.device
     V = _orthonormal(_mixed(torch.randn(T, r_V, generator=generator).to(device), stack.A))
     P = stack.padded(stack.A @ V)
     Q = stack.padded(torch.randn(T, r_U, generator=generator).to(device))
-    U = _orthonormal(_mixed(stack.unpadded(P @ (P.mT @ Q)), stack.B))
+    return Basis(_orthonormal(_mixed(stack.unpadded(P @ (P.mT @ Q)), stack.B)), V)
+
+
+def _iterate(stack: FactorStack, start: Basis) -> Basis:
+    """Steps from ``start``, one at least, until one gains next to nothing."""
+    U, V = start.U, start.V
+    P = stack.padded(stack.A @ V)
     captured = -math.inf
     for _ in range(MAX_ITERATIONS):
         Q = stack.padded(stack.B @ U)

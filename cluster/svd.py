@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -41,10 +42,9 @@ def spectra(stack: FactorStack) -> list[np.ndarray]:
 
     By eigenvalues of L^T (A A^T) L with B B^T = L L^T: R x R matrices only, batched.
     """
-    gram_A = _grams(stack, stack.A)
-    values, vectors = torch.linalg.eigh(_grams(stack, stack.B))
+    values, vectors = torch.linalg.eigh(stack.gram_B)
     L = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
-    energies = torch.linalg.eigvalsh(L.mT @ gram_A @ L).clamp_min(0).flip(1) * stack.norms.square().unsqueeze(1)
+    energies = torch.linalg.eigvalsh(L.mT @ stack.gram_A @ L).clamp_min(0).flip(1) * stack.norms.square().unsqueeze(1)
     return [energies[i, :rank].cpu().numpy() for i, rank in enumerate(stack.ranks)]
 
 
@@ -55,14 +55,7 @@ def dominant_pairs(stack: FactorStack, rank: int) -> tuple[Tensor, Tensor]:
     A pivoted Cholesky factorisation of the Gram matrix of all sigma u v^T, of which only the pivots' columns are
     formed. u has norm 1, v its singular value. q < rank only where the q pairs hold the whole stack.
     """
-    # M_i = B_i^T A_i. With B_i B_i^T = X D^2 X^T: M_i = (B_i^T X D^-1) (D X^T A_i), the first factor orthonormal, so
-    # D X^T A_i A_i^T X D = Y diag(sigma^2) Y^T gives u = B_i^T X D^-1 y and sigma v = A_i^T X D y.
-    squares, X = torch.linalg.eigh(_grams(stack, stack.B))
-    D = squares.clamp_min(0).sqrt().unsqueeze(1)
-    inverse = torch.where(D / D.amax(2, keepdim=True) > 1e-7, 1 / D, 0)
-    energies, Y = torch.linalg.eigh((X * D).mT @ _grams(stack, stack.A) @ (X * D))
-    mix_B, mix_A = ((X * inverse) @ Y).float(), ((X * D) @ Y).float()  # (n, R, R), a pair a column
-
+    mix_B, mix_A, energies = _singular_mixes(stack)
     left = energies.clamp_min(0).flatten()  # of each pair's energy, what the pairs taken do not hold
     taken = left.new_zeros(len(left), rank)
     starts = [0, *itertools.accumulate(stack.ranks)]
@@ -71,7 +64,7 @@ def dominant_pairs(stack: FactorStack, rank: int) -> tuple[Tensor, Tensor]:
         pivot = int(left.argmax())
         if float(left[pivot]) <= _NEGLIGIBLE:
             break
-        i, j = divmod(pivot, X.shape[2])
+        i, j = divmod(pivot, energies.shape[1])
         own = slice(starts[i], starts[i + 1])
         u = stack.B[own].T @ mix_B[i, : stack.ranks[i], j : j + 1]
         v = stack.A[own].T @ mix_A[i, : stack.ranks[i], j : j + 1]
@@ -81,6 +74,24 @@ def dominant_pairs(stack: FactorStack, rank: int) -> tuple[Tensor, Tensor]:
         left = (left - taken[:, k].square()).clamp_min(0)
         left[pivot] = 0
     return torch.cat([u for u, _ in pairs], 1), torch.cat([v for _, v in pairs], 1)
+
+
+def truncate_all(stack: FactorStack, rank: int) -> FactorStack:
+    """Each adapter cut to its ``rank`` largest singular values (or all of them), M_i ~ sum_k u_k (sigma_k v_k)^T: rows
+    u_k of B and sigma_k v_k of A. It keeps the norm of the whole one, as its weight."""
+    mix_B, mix_A, energies = _singular_mixes(stack)
+    starts = [0, *itertools.accumulate(stack.ranks)]
+    ranks = tuple(min(rank, own) for own in stack.ranks)
+    A, B = stack.A.new_empty(sum(ranks), stack.A.shape[1]), stack.B.new_empty(sum(ranks), stack.B.shape[1])
+    gram_A, gram_B = energies.new_zeros(2, len(ranks), max(ranks), max(ranks))
+    end = 0
+    for i, (own, kept) in enumerate(zip(stack.ranks, ranks, strict=True)):
+        rows, end = slice(starts[i], starts[i + 1]), end + kept
+        torch.mm(mix_A[i, :own, -kept:].T, stack.A[rows], out=A[end - kept : end])
+        torch.mm(mix_B[i, :own, -kept:].T, stack.B[rows], out=B[end - kept : end])
+        gram_A[i, :kept, :kept] = energies[i, -kept:].diag()
+        gram_B[i, :kept, :kept] = torch.eye(kept)
+    return replace(stack, A=A, B=B, ranks=ranks, gram_A=gram_A, gram_B=gram_B)
 
 
 def smallest_rank(module_spectra: Sequence[np.ndarray], gate: float) -> tuple[int, float]:
@@ -136,13 +147,13 @@ def components_at_equal_bytes(
     return kept
 
 
-def _grams(stack: FactorStack, rows: Tensor) -> Tensor:
-    """(n, R, R) float64 Gram matrices of each adapter's rows, zero beyond its rank."""
-    R, n = max(stack.ranks), stack.num_adapters
-    blocks = torch.zeros(n, R, R, dtype=torch.float64, device=rows.device)
-    start = 0
-    for i, rank in enumerate(stack.ranks):
-        own = rows[start : start + rank].double()
-        blocks[i, :rank, :rank] = own @ own.T
-        start += rank
-    return blocks
+def _singular_mixes(stack: FactorStack) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (n, R, R) of each adapter's rows of B and of A, a singular pair a column: u = B_i^T b of norm 1 and
+    sigma v = A_i^T a, float32; and sigma^2 (n, R), float64, ascending, zeros first where R_i < R."""
+    # M_i = B_i^T A_i. With B_i B_i^T = X D^2 X^T: M_i = (B_i^T X D^-1) (D X^T A_i), the first factor orthonormal, so
+    # D X^T A_i A_i^T X D = Y diag(sigma^2) Y^T gives u = B_i^T X D^-1 y and sigma v = A_i^T X D y.
+    squares, X = torch.linalg.eigh(stack.gram_B)
+    D = squares.clamp_min(0).sqrt().unsqueeze(1)
+    inverse = torch.where(D / D.amax(2, keepdim=True) > 1e-7, 1 / D, 0)
+    energies, Y = torch.linalg.eigh((X * D).mT @ stack.gram_A @ (X * D))
+    return ((X * inverse) @ Y).float(), ((X * D) @ Y).float(), energies

@@ -9,9 +9,10 @@ Inputs come from infra/collection.py (Mistral-7B's q/k/v; its choices are printe
 this process, not wall time: the same on an idle machine, and others on the machine disturb them less. Everything
 that is compared is repeated in turn within one run; medians, with the least and the largest in brackets.
 
-The iteration's share of the product rate: the products with all factors that jd_full sends to torch are counted by
-shape; then they alone are timed, each in the layout that is fastest for it, in turn with jd_full. share = their time /
-the time of jd_full: its start, orthonormalising, small products and stopping all count against it.
+The iteration's share of the product rate: the products with all factors, or with all truncated ones (where it begins),
+that jd_full sends to torch are counted by shape; then they alone are timed, each in the layout that is fastest for it,
+in turn with jd_full. share = their time / the time of jd_full: truncating, its start, orthonormalising, small products
+and stopping all count against it.
 Last line: JSON.
 """
 
@@ -40,7 +41,7 @@ from torch import Tensor
 from cluster import jd
 from cluster.adapter import Factors
 from cluster.factors import FactorStack, stack_factors
-from cluster.jd import Basis, jd_full, relative_errors, unit_cores
+from cluster.jd import Basis, jd_full, leading, relative_errors, unit_cores
 from infra import baselines
 from infra.collection import Collection, factors, write
 from infra.products import BareProducts, ProductLog, cpu_seconds
@@ -67,7 +68,8 @@ def measure_module(pairs: list[tuple[int, Factors]], ranks: Sequence[int], repea
     stacking = [cpu_seconds(partial(stack_factors, pairs))[0] for _ in range(repeats)]
     rows = []
     for rank in ranks:
-        with ProductLog({stack.A.numel(), stack.B.numel()}) as log:
+        stacks = [stack, *([small] if (small := leading(stack, rank)) is not None else [])]
+        with ProductLog({rows.numel() for own in stacks for rows in (own.A, own.B)}) as log:
             basis = jd_full(stack, rank, 0)
         bare = BareProducts(log)
         fits, bares, finals = [], [], []
@@ -168,7 +170,10 @@ def _factors(spec: Collection, module: str) -> list[tuple[int, Factors]]:
 
 
 def _print_header() -> None:
-    print("\nGop: all products of the fit, and which part of them has all factors; GF/s: these alone, and in the fit")
+    print(
+        "\nGop: all products of the fit, and which part of them has all factors, whole or truncated; "
+        "GF/s: these alone, and in the fit"
+    )
     print(
         "   n      d_out x d_in  rank  stack s   fit s  cores s    Gop    GF/s: alone   in fit  share             error"
     )

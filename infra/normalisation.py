@@ -40,7 +40,8 @@ def by_adapter(collection: Collection) -> JointMethod:
     def fit(stack: FactorStack, rank: int, seed: int) -> Basis:
         shares = stack.norms.square() / energies[list(stack.members)]
         rows = shares.sqrt().float().repeat_interleave(torch.tensor(stack.ranks))
-        return jd_full(replace(stack, B=stack.B * rows.unsqueeze(1)), rank, seed)
+        weighted = replace(stack, B=stack.B * rows.unsqueeze(1), gram_B=stack.gram_B * shares.view(-1, 1, 1))
+        return jd_full(weighted, rank, seed)
 
     return JointMethod(fit, unit_cores)
 

@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = answer[: len(answer) // 2]
         self._answer(status, answer_headers, length, answer)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle
 
     def _forward(self, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(urlsplit(self.proxy.server.endpoint).netloc, timeout=60)

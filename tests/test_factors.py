@@ -39,6 +39,19 @@ def test_a_stack_is_every_adapter_at_unit_norm_beside_its_norm() -> None:
         np.testing.assert_allclose(unit * norm, M, atol=1e-6 * norm)
 
 
+@pytest.mark.parametrize("chosen", [(0, 1, 2, 3), (3, 0)])
+def test_grams_are_those_of_each_adapters_rows(chosen: tuple[int, ...]) -> None:
+    stack = stack_of(adapters()).select(chosen)
+    R, starts = max(stack.ranks), np.cumsum([0, *stack.ranks])
+    for rows, grams in ((stack.A, stack.gram_A), (stack.B, stack.gram_B)):
+        assert grams.shape == (len(chosen), R, R)
+        for i, rank in enumerate(stack.ranks):
+            own = rows[starts[i] : starts[i + 1]].double().numpy()
+            np.testing.assert_allclose(grams[i, :rank, :rank], own @ own.T, rtol=1e-5, atol=1e-7)
+            assert not grams[i, rank:].any()
+            assert not grams[i, :, rank:].any()
+
+
 @pytest.mark.parametrize("scale_A", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("scale_B", [1e-12, 1.0, 1e12])
 def test_no_scale_overflows_or_touches_the_neighbours(scale_A: float, scale_B: float) -> None:

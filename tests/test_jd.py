@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cluster import jd
 from cluster.factors import FactorStack
 from cluster.jd import Basis, captured_energy, jd_full, relative_errors, unit_cores
+from infra.products import ProductLog
 from tests.bundles import read_factors
 from tests.conftest import ZOO
 from tests.dense import Dense, Factors, dense, random_adapters, related_adapters, rotation, stack_of
@@ -224,6 +225,24 @@ def test_the_iteration_ends_by_itself_also_with_rank_to_spare(rank: int, monkeyp
     monkeypatch.setattr(jd, "MAX_ITERATIONS", 10_000)
     jd_full(stack_of(collection("related")), rank, seed=0)
     assert num_calls < 2 * 100
+
+
+@pytest.mark.parametrize("kind", ["random", "related", REAL_MODULES[0]])
+def test_beginning_with_few_singular_values_saves_products_with_all_and_loses_nothing(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = stack_of(collection(kind) * 2)
+
+    def fit() -> tuple[float, int]:
+        with ProductLog({stack.A.numel(), stack.B.numel()}) as log:
+            bases = [jd_full(stack, 4, seed) for seed in range(6)]
+        return float(np.mean([captured_energy(stack, basis).mean() for basis in bases])), log.large_operations
+
+    kept, operations = fit()
+    monkeypatch.setattr(jd, "leading", lambda *_: None)
+    kept_at_once, operations_at_once = fit()
+    assert kept >= kept_at_once - 0.01
+    assert operations < 0.7 * operations_at_once
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from cluster.svd import (
     spectra,
     svd_factors,
     truncate,
+    truncate_all,
 )
 from tests.bundles import read_factors
 from tests.conftest import ZOO
@@ -89,6 +90,21 @@ def test_spectra_of_real_adapters_are_dense_singular_values_squared() -> None:
     for spectrum, factors in zip(spectra(stack_of(adapters)), adapters, strict=True):
         expected = np.linalg.svd(dense(factors), compute_uv=False)[: len(spectrum)] ** 2
         np.testing.assert_allclose(spectrum, expected, atol=1e-6 * expected.sum())
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(20, 31), (4, 31)])
+@pytest.mark.parametrize("rank", [1, 3, 9])
+def test_a_stack_is_truncated_adapter_by_adapter(d_out: int, d_in: int, rank: int) -> None:
+    adapters = random_adapters((3, 1, 3, 2), d_out, d_in, seed=8)
+    stack = truncate_all(stack_of(adapters), rank)
+    assert stack.ranks == tuple(min(rank, own) for own in (3, 1, 3, 2))
+    starts = np.cumsum([0, *stack.ranks])
+    for i, M in enumerate(map(dense, adapters)):
+        A, B = (rows[starts[i] : starts[i + 1]].double().numpy() for rows in (stack.A, stack.B))
+        np.testing.assert_allclose(B.T @ A, cut(M / np.linalg.norm(M), rank), atol=1e-6)
+        own = stack.ranks[i]
+        np.testing.assert_allclose(stack.gram_A[i, :own, :own], A @ A.T, atol=1e-5)
+        np.testing.assert_allclose(stack.gram_B[i, :own, :own], B @ B.T, atol=1e-5)
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(20, 31), (4, 31)])
