@@ -14,6 +14,9 @@ A step never loses energy. In coordinates of U and its complement let G = [[D, C
 new U spans [I; X] with X = C (D - s)^-1. With K = X^T X the captured energy tr(U^T G U) grows by at least
 tr(K (I + K)^-1 (D - 2 s)) >= 0.
 
+Nearly all of the work is products with all factors, and most steps do without them: the iteration begins with each
+adapter's largest singular values alone (``leading``), where it comes to within a few steps of its end.
+
 Legend as in factors.py.
 """
 
@@ -32,8 +35,8 @@ MAX_ITERATIONS = 30
 # On what a step takes off the mean error. The change of the subspaces is no criterion: where the spectrum is flat, or
 # rank is to spare, they turn for ever at an error that has long stopped falling.
 TOLERANCE = 1e-4
-# Singular values of each adapter that the first iterations see, where more are not needed to span the basis.
-CUT_RANK = 2
+# Singular values of each adapter that the first steps see, at least. One was not clearly better in time or error.
+LEADING_RANK = 2
 # Of lambda_min: at most a half. There, and with directions that G does not reach, the iteration stands still.
 SHIFT = 0.4
 
@@ -64,16 +67,15 @@ def jd_full(stack: FactorStack, rank: int, seed: int) -> Basis:
         # All that the stack spans is kept: nothing to iterate for, and products of products would cost digits.
         return Basis(_orthonormal(stack.B.T), _orthonormal(stack.A.T))
     small = leading(stack, rank)
-    start = (
-        _random_basis(stack, r_U, r_V, seed) if small is None else _iterate(small, _random_basis(small, r_U, r_V, seed))
-    )
-    return _iterate(stack, start)
+    if small is None:
+        return _iterate(stack, _random_basis(stack, r_U, r_V, seed))
+    return _iterate(stack, _iterate(small, _random_basis(small, r_U, r_V, seed)))
 
 
 def leading(stack: FactorStack, rank: int) -> FactorStack | None:
-    """The adapters' largest singular values, so many that they span twice the basis' rank; None when that is no
-    fraction of them worth the while."""
-    q = max(CUT_RANK, -(-2 * rank // stack.num_adapters))
+    """The stack truncated to q singular values an adapter, q = 2 or what gives twice ``rank`` of them; None where that
+    is more than half of the stack's rows, and no saving."""
+    q = max(LEADING_RANK, -(-2 * rank // stack.num_adapters))
     kept = sum(min(q, own) for own in stack.ranks)
     return truncate_all(stack, q) if 2 * rank <= kept <= sum(stack.ranks) / 2 else None
 
