@@ -423,7 +423,7 @@ def test_vllm_ends_with_a_replica_that_is_killed_hard(base_path: Path, zoo_path:
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True) as process:
         try:
             assert process.stdout is not None
-            assert any("ready" in text for text in process.stdout)
+            assert any(text == "ready\n" for text in process.stdout)
             assert processes_named("VLLM::", process.pid), "vLLM runs"
             process.kill()
             deadline = time.monotonic() + 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from cluster.errors import ConfigError
 from cluster.layer import ModuleWeights
 from serve_app.app import choose_engine
 from serve_app.vllm_plugin import SECTION, compatibility, register, token_index
-from serve_app.vllm_plugin.basis_stack import BasisStack
+from serve_app.vllm_plugin.basis_stack import MAX_SERIAL_TOKENS, BasisStack, threads_for
 from serve_app.vllm_plugin.settings import PluginSettings, slot_rank
 from serve_app.vllm_plugin.token_index import Place, TokenIndex, read_path, write_path
 
@@ -133,6 +134,20 @@ def test_few_tokens_on_most_bases_are_padded_and_no_basis_reaches_anothers_token
         index.set(ids, places)
         assert index.on_bases is not None
         assert index.on_bases.padding is None
+
+
+def test_few_tokens_are_computed_on_one_thread_and_the_others_are_given_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threads_for(MAX_SERIAL_TOKENS + 1):
+            assert torch.get_num_threads() == 2
+        with contextlib.suppress(ValueError), threads_for(MAX_SERIAL_TOKENS):
+            assert torch.get_num_threads() == 1
+            raise ValueError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_static_products_with_one_cluster_need_no_kernels() -> None:

@@ -22,7 +22,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from cluster.errors import BundleError, ConfigError
 from cluster.layer import ModuleWeights
 from serve_app.vllm_plugin import compatibility
-from serve_app.vllm_plugin.basis_stack import BasisStack, add_slices
+from serve_app.vllm_plugin.basis_stack import BasisStack, add_slices, threads_for
 from serve_app.vllm_plugin.home_file import read_home
 from serve_app.vllm_plugin.settings import PluginSettings
 from serve_app.vllm_plugin.token_index import Place, TokenIndex, read_path
@@ -91,10 +91,11 @@ class HomeModelManager(LRUCacheLoRAModelManager):
 
         def apply_grouped(layer: Any, x: Tensor, out: Tensor) -> Tensor:
             flat_x, flat_out = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-            if index.on_bases is not None:
-                stack.add_grouped(flat_out, flat_x, index.on_bases)
-            for own in index.on_factors:
-                add_factors(flat_out, flat_x, own.rows, layer, own.slot)
+            with threads_for(len(flat_x)):
+                if index.on_bases is not None:
+                    stack.add_grouped(flat_out, flat_x, index.on_bases)
+                for own in index.on_factors:
+                    add_factors(flat_out, flat_x, own.rows, layer, own.slot)
             return out
 
         def apply_static(layer: Any, x: Tensor, out: Tensor) -> Tensor:
