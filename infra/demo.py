@@ -66,7 +66,8 @@ def first_line(text: str) -> str:
 def running_application(out: Path, port: int) -> Iterator[Any]:
     """Ray on this machine, the shipped adapters compressed into ``out``, the application on 127.0.0.1:``port``.
     Yields the job's outcome; all is shut down at the end."""
-    os.environ |= SERVE_SETTINGS | os.environ
+    for setting, value in SERVE_SETTINGS.items():
+        os.environ.setdefault(setting, value)
     import ray
     from ray import serve
 

@@ -13,7 +13,8 @@ from infra.demo import SERVE_SETTINGS
 # Before any library that reads it: nothing is ever fetched from a hub, and Ray reports nothing home.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ |= SERVE_SETTINGS | os.environ
+for setting, value in SERVE_SETTINGS.items():
+    os.environ.setdefault(setting, value)
 # numpy's threads spin while they wait; on few cores they take them from everybody else.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 

@@ -81,7 +81,8 @@ async def start_stack(
 ) -> list[HttpRow]:
     """HTTP proxy, router and one replica with all homes, in Ray. Two rows on the one application: the first asks for
     the base, the second for the adapters."""
-    os.environ |= SERVE_SETTINGS | os.environ
+    for setting, value in SERVE_SETTINGS.items():
+        os.environ.setdefault(setting, value)
     import ray
     from ray import serve
 

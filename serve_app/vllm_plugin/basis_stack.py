@@ -19,9 +19,9 @@ from serve_app.vllm_plugin.settings import PluginSettings
 from serve_app.vllm_plugin.token_index import BasisTokens, Padding, TokenIndex
 
 MAX_SERIAL_TOKENS = 256
-"""A decoding step's products take some 50 us each; on several threads each may wait for a core that another process holds
-just then. On one thread they cost no more in any run (2 CPUs: e25 of infra/bench_serving at 256 adapters 0.87 of the
-requests/s without LoRA, 0.73 before; at 64 as before). Longer steps, which prefill, have products worth sharing."""
+"""A decoding step's products take some 50 us each; on several threads each may wait for a core that another process
+holds just then. On one thread they cost no more in any run (2 CPUs: e25 of infra/bench_serving at 256 adapters 0.87 of
+the requests/s without LoRA, 0.73 before; at 64 as before). Longer steps, which prefill, have products worth sharing."""
 
 
 class BasisStack:
