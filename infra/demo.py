@@ -49,6 +49,12 @@ class Question:
     expected: str
 
 
+def set_up_serve() -> None:
+    """SERVE_SETTINGS into the environment, but for those that are there; before Serve is imported."""
+    for setting, value in SERVE_SETTINGS.items():
+        os.environ.setdefault(setting, value)
+
+
 def read_questions() -> list[Question]:
     questions = []
     for line in (ZOO / "tasks.jsonl").read_text().splitlines():
@@ -66,8 +72,7 @@ def first_line(text: str) -> str:
 def running_application(out: Path, port: int) -> Iterator[Any]:
     """Ray on this machine, the shipped adapters compressed into ``out``, the application on 127.0.0.1:``port``.
     Yields the job's outcome; all is shut down at the end."""
-    for setting, value in SERVE_SETTINGS.items():
-        os.environ.setdefault(setting, value)
+    set_up_serve()
     import ray
     from ray import serve
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from infra.demo import SERVE_SETTINGS
+from infra.demo import set_up_serve
 
 # Before any library that reads it: nothing is ever fetched from a hub, and Ray reports nothing home.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-for setting, value in SERVE_SETTINGS.items():
-    os.environ.setdefault(setting, value)
+set_up_serve()
 # numpy's threads spin while they wait; on few cores they take them from everybody else.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 

@@ -229,8 +229,8 @@ def test_storage_in_bfloat16_costs_no_more_than_its_own_rounding(kind: str, rank
 
 def test_terms_that_would_grow_and_cancel_are_held_back_for_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two dense slices whose best approximation in as many terms does not exist: run to its end, plain least squares
-    # comes ever nearer by terms ever larger, and loses that in storage.
-    adapters = random_adapters([6] * 2, 6, 6, seed=4)
+    # comes ever nearer by terms ever larger, and loses more than that in storage.
+    adapters = random_adapters([6] * 2, 6, 6, seed=12)
     stack = stack_of(adapters)
     monkeypatch.setattr(module_under_test, "MAX_ITERATIONS", 1000)
     monkeypatch.setattr(module_under_test, "TOLERANCE", 1e-9)
@@ -243,9 +243,9 @@ def test_terms_that_would_grow_and_cancel_are_held_back_for_what_is_stored(monke
         cores = diagonal_cores(stack, basis).bfloat16().float()
         largest.append(float(cores.abs().max()))
         stored.append(float(relative_errors(stack, basis, cores).mean()))
-    assert largest[0] < 0.7 * largest[1]
+    assert largest[0] < 0.5 * largest[1]
     assert in_float32[0] > in_float32[1]
-    assert stored[0] - in_float32[0] < 0.5 * (stored[1] - in_float32[1])
+    assert stored[0] < stored[1]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import openai
 
 from cluster.bundle import Bundle
 from infra.bench_serving.load import Question
-from infra.demo import SERVE_SETTINGS, free_port
+from infra.demo import free_port, set_up_serve
 from serve_app.engine.vllm_engine import VllmSettings, base_options
 
 START_TIMEOUT_S = 300
@@ -81,8 +80,7 @@ async def start_stack(
 ) -> list[HttpRow]:
     """HTTP proxy, router and one replica with all homes, in Ray. Two rows on the one application: the first asks for
     the base, the second for the adapters."""
-    for setting, value in SERVE_SETTINGS.items():
-        os.environ.setdefault(setting, value)
+    set_up_serve()
     import ray
     from ray import serve
 
