@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +13,8 @@ from torch import Tensor
 from cluster.errors import ConfigError
 from cluster.layer import ModuleWeights
 from serve_app.app import choose_engine
-from serve_app.vllm_plugin import SECTION, compatibility, register, token_index
-from serve_app.vllm_plugin.basis_stack import MAX_SERIAL_TOKENS, BasisStack, threads_for
+from serve_app.vllm_plugin import SECTION, compatibility, register
+from serve_app.vllm_plugin.basis_stack import BasisStack
 from serve_app.vllm_plugin.settings import PluginSettings, slot_rank
 from serve_app.vllm_plugin.token_index import Place, TokenIndex, read_path, write_path
 
@@ -83,15 +82,12 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
-@pytest.mark.parametrize("products", ["grouped", "grouped, unpadded", "static"])
+@pytest.mark.parametrize("products", ["grouped", pytest.param("numba", marks=pytest.mark.vllm), "static"])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_each_token_gets_its_own_adapters_delta_and_no_other(
-    batch: str, products: str, diagonal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_token_gets_its_own_adapters_delta_and_no_other(batch: str, products: str, diagonal: bool) -> None:
     torch.manual_seed(0)
-    if products == "grouped, unpadded":
-        monkeypatch.setattr(token_index, "MAX_PADDED_ROWS", 0)
-    products = products.split(",")[0]
+    if products == "numba":
+        pytest.importorskip("numba", reason="it comes with vLLM")
     own = settings(products, diagonal=diagonal)
     clusters = [random_cluster(6, diagonal), random_cluster(3, diagonal, skip=1), random_cluster(5, diagonal)]
     stack = BasisStack(own, D_IN, D_OUTS, torch.float32, CPU)
@@ -104,50 +100,14 @@ def test_each_token_gets_its_own_adapters_delta_and_no_other(
     x, out = torch.randn(len(ids), D_IN), torch.zeros(len(ids), sum(D_OUTS))
     if products == "static":
         stack.add_static(out, x, index.core_slots[: len(ids)], Kernels(positions))
+    elif index.tasks is not None:
+        stack.add_numba(out, x, index.tasks)
     elif index.on_bases is not None:
         stack.add_grouped(out, x, index.on_bases)
     want = expected(x, [places.get(number) for number in ids], clusters)
     torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-3)
     untouched = [t for t, number in enumerate(ids) if number in (0, 13)]
     assert not out[untouched].any(), "rows without a basis are exactly the base's"
-
-
-def test_few_tokens_on_most_bases_are_padded_and_no_basis_reaches_anothers_token() -> None:
-    torch.manual_seed(0)
-    own, places = settings(), {1 + p * 4 + s: Place(p, s) for p in range(3) for s in range(4)}
-    clusters = [random_cluster(6, False) for _ in range(3)]
-    stack = BasisStack(own, D_IN, D_OUTS, torch.float32, CPU)
-    for position, slices in enumerate(clusters):
-        stack.put(position, slices)
-    for tensor in (stack.V, *stack.U):
-        tensor[1] = torch.nan  # the cluster that nobody asks for
-    index, ids = TokenIndex(own, 2048, CPU), [9, 1, 0, 2, 12, 9, 9]
-    index.set(ids, places)
-    assert index.on_bases is not None
-    assert index.on_bases.padding is not None
-    assert index.on_bases.padding.width == 4
-    x, out = torch.randn(len(ids), D_IN), torch.zeros(len(ids), sum(D_OUTS))
-    stack.add_grouped(out, x, index.on_bases)
-    want = expected(x, [places.get(number) for number in ids], clusters)
-    torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-3)
-    for ids in ([0, 1, 2], [1, 5, 9] * 200):  # one basis of three; rows beyond what padding is worth
-        index.set(ids, places)
-        assert index.on_bases is not None
-        assert index.on_bases.padding is None
-
-
-def test_few_tokens_are_computed_on_one_thread_and_the_others_are_given_back() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with threads_for(MAX_SERIAL_TOKENS + 1):
-            assert torch.get_num_threads() == 2
-        with contextlib.suppress(ValueError), threads_for(MAX_SERIAL_TOKENS):
-            assert torch.get_num_threads() == 1
-            raise ValueError
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_static_products_with_one_cluster_need_no_kernels() -> None:

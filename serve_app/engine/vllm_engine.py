@@ -41,7 +41,8 @@ class VllmSettings:
     """``max_batch`` requests run at once; ``max_model_len`` bounds prompt and answer together, in tokens.
 
     ``kv_bytes`` are for keys and values; None: what is left of a GPU. ``num_threads`` is for torch on
-    a CPU. ``products`` None: grouped on a CPU, static on a GPU (see ``serve_app.vllm_plugin.settings``).
+    a CPU. ``products`` None: numba on a CPU in float32, grouped in what Numba has no numbers for, static on a GPU (see
+    ``serve_app.vllm_plugin.settings``).
     """
 
     device: str = "cpu"
@@ -240,7 +241,9 @@ class VllmEngine:
                 "engine vllm: clusters with diagonal and with full cores in one replica are not supported; set "
                 "placement.clusters_per_group to 1, or engine to transformers"
             )
-        by_device: Products = "grouped" if self._settings.device == "cpu" else "static"
+        by_device: Products = "static"
+        if self._settings.device == "cpu":
+            by_device = "numba" if self._settings.dtype == "float32" else "grouped"
         return PluginSettings(
             num_clusters=len(clusters),
             slots_per_cluster=max((self._num_slots[home] for home in clusters), default=0),

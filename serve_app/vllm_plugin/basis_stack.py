@@ -6,41 +6,51 @@ else 1), S = C x slots_per_cluster + 1 cores, the last of them always zero. Smal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from cluster.layer import ModuleWeights
 from serve_app.vllm_plugin.settings import PluginSettings
-from serve_app.vllm_plugin.token_index import BasisTokens, Padding, TokenIndex
-
-MAX_SERIAL_TOKENS = 256
-"""A decoding step's products take some 50 us each; on several threads each may wait for a core that another process
-holds just then. On one thread they cost no more in any run (2 CPUs: e25 of infra/bench_serving at 256 adapters 0.87 of
-the requests/s without LoRA, 0.73 before; at 64 as before). Longer steps, which prefill, have products worth sharing."""
+from serve_app.vllm_plugin.token_index import BasisTokens, Tasks, TokenIndex
 
 
 class BasisStack:
     """``V`` (C + 1, 1, n R, d_in) holds the slices' V^T on top of each other, so that all of a packed layer's are
     one product; ``U[i]`` (C + 1, 1, d_out_i, R); ``cores`` (S, n, R, R), or (S, n, R) where diagonal. The extra
-    position C is always zero: vLLM's CPU kernels take index -1 for the last one.
+    position C is always zero: vLLM's CPU kernels take index -1 for the last one. All are written in place, and stay
+    where they are.
     """
 
     def __init__(
         self, settings: PluginSettings, d_in: int, d_outs: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> None:
         C, n, R = settings.num_clusters, len(d_outs), settings.rank
+        if settings.products == "numba":
+            from serve_app.vllm_plugin.cpu_kernel import UNROLLED, add_tasks  # Numba comes with vLLM
+
+            R = -(-R // UNROLLED) * UNROLLED
         self.settings, self.d_in, self.d_outs, self.num_slices, self.rank = settings, d_in, tuple(d_outs), n, R
         self.V = torch.zeros(C + 1, 1, n * R, d_in, dtype=dtype, device=device)
-        self.U = tuple(torch.zeros(C + 1, 1, d_out, R, dtype=dtype, device=device) for d_out in d_outs)
         core_shape = (R,) if settings.is_diagonal else (R, R)
+        self.cores = torch.zeros(C * settings.slots_per_cluster + 1, n, *core_shape, dtype=dtype, device=device)
+        if settings.products == "numba":
+            # The slices' U^T side by side: the kernel runs along the output's columns.
+            U_T = torch.zeros(C + 1, R, sum(d_outs), dtype=dtype, device=device)
+            self.U = tuple(part.transpose(1, 2).unsqueeze(1) for part in U_T.split_with_sizes(self.d_outs, dim=2))
+            ends = np.cumsum([0, *d_outs])
+            self._arrays, self._add_tasks = (self.V.numpy(), U_T.numpy(), ends, self.cores.numpy()), add_tasks
+            # Without a token: compiled now, seconds once a process, and not under the first request.
+            nobody = Tasks.split(np.zeros(C, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
+            self.add_numba(self.V.new_zeros(0, sum(d_outs)), self.V.new_zeros(0, d_in), nobody)
+        else:
+            self.U = tuple(torch.zeros(C + 1, 1, d_out, R, dtype=dtype, device=device) for d_out in d_outs)
         self._V_T = [self.V[position, 0].T for position in range(C)]
         self._U_T = [[U[position, 0].T for position in range(C)] for U in self.U]
-        self.cores = torch.zeros(C * settings.slots_per_cluster + 1, n, *core_shape, dtype=dtype, device=device)
 
     def put(self, position: int, slices: Sequence[ModuleWeights | None]) -> None:
         """Write a cluster's weights, one entry a slice (None: that slice's module is not touched)."""
@@ -76,12 +86,9 @@ class BasisStack:
             position = tokens.positions[0]
             mixed = self._mix(torch.mm(rows, self._V_T[position]), tokens.slots)
             add_slices(out, None, [(mixed[:, i], U[position, 0]) for i, U in enumerate(self.U)])
-        elif tokens.padding is None:
+        else:
             mixed = self._mix(self._shrink_each(rows, tokens), tokens.slots)
             out.index_add_(0, tokens.rows, self._expand_each(mixed, tokens))
-        else:
-            mixed = self._mix(self._shrink_padded(rows, tokens.padding), tokens.slots)
-            out.index_add_(0, tokens.rows, self._expand_padded(mixed, tokens.padding))
 
     def _shrink_each(self, rows: Tensor, tokens: BasisTokens) -> Tensor:
         h = rows.new_empty(len(rows), self.num_slices * self.rank)
@@ -105,20 +112,13 @@ class BasisStack:
                 torch.mm(own, self._U_T[i][position], out=target)
         return delta
 
-    # With 32 tokens on 25 bases each product has one or two rows, and what counts is how few calls there are: one for
-    # all bases, each with as many rows as the fullest has, zeros where it has fewer tokens.
-
-    def _shrink_padded(self, rows: Tensor, padding: Padding) -> Tensor:
-        C, width = self.settings.num_clusters, padding.width
-        padded = rows.new_zeros(C * width, self.d_in).index_copy_(0, padding.places, rows).view(C, width, -1)
-        return torch.bmm(padded, self.V[:C, 0].transpose(1, 2)).flatten(0, 1).index_select(0, padding.places)
-
-    def _expand_padded(self, mixed: Tensor, padding: Padding) -> Tensor:
-        C, width = self.settings.num_clusters, padding.width
-        padded = mixed.new_zeros(C * width, self.num_slices, self.rank).index_copy_(0, padding.places, mixed)
-        parts = padded.view(C, width, self.num_slices, self.rank).unbind(2)
-        deltas = [torch.bmm(part, U[:C, 0].transpose(1, 2)) for part, U in zip(parts, self.U, strict=True)]
-        return torch.cat([delta.flatten(0, 1).index_select(0, padding.places) for delta in deltas], dim=1)
+    def add_numba(self, out: Tensor, x: Tensor, tasks: Tasks) -> None:
+        """The same by this project's CPU kernel; both of float32."""
+        V, U_T, ends, cores = self._arrays
+        self._add_tasks(
+            out.numpy(), x.contiguous().numpy(), V, U_T, ends, cores, tasks.positions, tasks.starts, tasks.rows,
+            tasks.slots,
+        )  # fmt: skip
 
     def add_static(self, out: Tensor, x: Tensor, core_slots: Tensor, kernels: Any) -> None:
         """The same for all tokens at once, by their core (T,), without a look at the batch's content. With several
@@ -134,7 +134,7 @@ class BasisStack:
 
     def add_triton(self, out: Tensor, x: Tensor, index: TokenIndex) -> None:
         """The same by this project's kernels."""
-        from serve_app.vllm_plugin.kernel import add_sorted  # there is no Triton beside torch's CPU build
+        from serve_app.vllm_plugin.triton_kernel import add_sorted  # there is no Triton beside torch's CPU build
 
         add_sorted(out, x, self.V, self.U, self.cores, index.order, index.starts, index.core_slots)
 
@@ -145,20 +145,6 @@ class BasisStack:
         if self.settings.is_diagonal:
             return h * cores
         return torch.matmul(cores, h.unsqueeze(-1)).squeeze(-1)
-
-
-@contextmanager
-def threads_for(num_tokens: int) -> Iterator[None]:
-    """Inside, torch computes on one thread where the step has at most MAX_SERIAL_TOKENS."""
-    usual = torch.get_num_threads()
-    if num_tokens > MAX_SERIAL_TOKENS or usual == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(usual)
 
 
 def add_slices(out: Tensor, rows: Tensor | None, slices: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -22,7 +22,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from cluster.errors import BundleError, ConfigError
 from cluster.layer import ModuleWeights
 from serve_app.vllm_plugin import compatibility
-from serve_app.vllm_plugin.basis_stack import BasisStack, add_slices, threads_for
+from serve_app.vllm_plugin.basis_stack import BasisStack, add_slices
 from serve_app.vllm_plugin.home_file import read_home
 from serve_app.vllm_plugin.settings import PluginSettings
 from serve_app.vllm_plugin.token_index import Place, TokenIndex, read_path
@@ -89,13 +89,14 @@ class HomeModelManager(LRUCacheLoRAModelManager):
     def _make_apply(self, stack: BasisStack, stock: Any) -> Any:
         settings, index, basis_kernels = self.settings, self.index, self.basis_kernels
 
-        def apply_grouped(layer: Any, x: Tensor, out: Tensor) -> Tensor:
+        def apply_sorted(layer: Any, x: Tensor, out: Tensor) -> Tensor:
             flat_x, flat_out = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-            with threads_for(len(flat_x)):
-                if index.on_bases is not None:
-                    stack.add_grouped(flat_out, flat_x, index.on_bases)
-                for own in index.on_factors:
-                    add_factors(flat_out, flat_x, own.rows, layer, own.slot)
+            if index.tasks is not None:
+                stack.add_numba(flat_out, flat_x, index.tasks)
+            if index.on_bases is not None:
+                stack.add_grouped(flat_out, flat_x, index.on_bases)
+            for own in index.on_factors:
+                add_factors(flat_out, flat_x, own.rows, layer, own.slot)
             return out
 
         def apply_static(layer: Any, x: Tensor, out: Tensor) -> Tensor:
@@ -107,13 +108,13 @@ class HomeModelManager(LRUCacheLoRAModelManager):
             # Constants of the engine, not of the batch: a capture may not freeze what the batch happened to hold.
             return stock(x, out) if settings.num_factor_slots else out
 
-        return apply_grouped if settings.products == "grouped" else apply_static
+        return apply_static if settings.is_static else apply_sorted
 
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         if mapping == self._last_mapping:
             return
         positions = self.index.set(mapping.index_mapping, self.places)
-        if self.settings.products != "grouped":
+        if self.settings.is_static:
             of_factors = {lora_id: place.slot + 1 for lora_id, place in self.places.items() if place.position is None}
             update_kernels(self.kernels, [of_factors.get(i, 0) for i in mapping.index_mapping], self.lora_slots)
             if self.basis_kernels is not None:

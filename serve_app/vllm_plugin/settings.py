@@ -9,7 +9,7 @@ from typing import Any, Literal
 from cluster.errors import ConfigError
 from serve_app.vllm_plugin import SECTION
 
-Products = Literal["grouped", "static", "triton"]
+Products = Literal["grouped", "numba", "static", "triton"]
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's ``max_lora_rank`` that we use."""
@@ -20,10 +20,10 @@ class PluginSettings:
     """Room in each adapted layer: ``num_clusters`` bases of at most ``rank`` with ``slots_per_cluster`` cores each,
     and ``num_factor_slots`` truncated or raw adapters, whose rank vLLM's ``max_lora_rank`` bounds.
 
-    ``is_diagonal`` cores are vectors. ``products``: ``grouped`` sorts a step's tokens by home on the host and runs
-    dense products for each (no capture, for CPUs); ``static`` and ``triton`` have one fixed sequence of kernels
-    whatever is in the batch, safe under CUDA graphs and torch.compile: vLLM's own shrink and expand around torch's
-    products, or this project's kernels.
+    ``is_diagonal`` cores are vectors. ``products``: ``grouped`` and ``numba``, for CPUs, sort a step's tokens by home
+    on the host, and run torch's products for each home, or this project's CPU kernel (float32). ``static`` and
+    ``triton`` have one fixed sequence of kernels whatever is in the batch, safe under CUDA graphs and torch.compile:
+    vLLM's own shrink and expand around torch's products, or this project's GPU kernels.
     """
 
     num_clusters: int
@@ -32,6 +32,10 @@ class PluginSettings:
     num_factor_slots: int
     is_diagonal: bool
     products: Products
+
+    @property
+    def is_static(self) -> bool:
+        return self.products in ("static", "triton")
 
     def to_config(self) -> dict[str, Any]:
         return {SECTION: dataclasses.asdict(self)}

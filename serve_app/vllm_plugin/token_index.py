@@ -16,9 +16,8 @@ from torch import Tensor
 
 from serve_app.vllm_plugin.settings import PluginSettings
 
-MAX_PADDED_ROWS = 512
-"""Up to so many the time goes into reading the bases, not into multiplying, so that rows of zeros cost little; and all
-bases are read where at least half of them are needed. Tried on 2 CPUs, 25 bases, d 576, rank 16."""
+MAX_TASK_TOKENS = 8
+"""Few enough for several threads where all tokens are on one basis, which is read once a task."""
 
 _PLACE = re.compile(r"cts:/(?P<home>.+)#(?P<slot>[0-9]+)")
 
@@ -45,27 +44,38 @@ def read_path(path: str) -> tuple[str, int]:
 
 
 @dataclass(frozen=True)
-class Padding:
-    """Bases side by side, all of them, ``width`` rows each: ``places`` (T_b,) int64 are the tokens' rows in it."""
-
-    width: int
-    places: Tensor
-
-
-@dataclass(frozen=True)
 class BasisTokens:
-    """A step's tokens on bases, those of one basis next to each other: ``sizes[k]`` of them on ``positions[k]``.
+    """A step's tokens on bases (``grouped`` products), those of one basis next to each other: ``sizes[k]`` of them on
+    ``positions[k]``.
 
     ``rows`` (T_b,) int64 are their rows in the step, None where they are all of it, as they stand; ``slots`` (T_b,)
-    int64 their flat core indices (position x slots_per_cluster + slot), in the same order. ``padding`` is there where
-    one product for all bases costs less than one for each.
+    int64 their flat core indices (position x slots_per_cluster + slot), in the same order.
     """
 
     positions: tuple[int, ...]
     sizes: tuple[int, ...]
     rows: Tensor | None
     slots: Tensor
-    padding: Padding | None
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The same for ``numba`` products, in tasks of MAX_TASK_TOKENS at most, all int64: task k has the basis
+    ``positions[k]`` and the tokens ``starts[k]`` to ``starts[k + 1]`` of ``rows`` and ``slots`` (both (T_b,))."""
+
+    positions: np.ndarray
+    starts: np.ndarray
+    rows: np.ndarray
+    slots: np.ndarray
+
+    @classmethod
+    def split(cls, sizes: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> Tasks:
+        """``sizes`` (C,): how many of the tokens, which are in the order of their bases, each basis has."""
+        pieces = -(-sizes // MAX_TASK_TOKENS)
+        positions = np.repeat(np.arange(len(sizes)), pieces)
+        number = np.arange(len(positions)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        firsts = (np.cumsum(sizes) - sizes)[positions] + number * MAX_TASK_TOKENS
+        return cls(positions, np.append(firsts, len(rows)), rows, slots)
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,7 @@ class TokenIndex:
     max_tokens: int
     device: torch.device
     on_bases: BasisTokens | None = None
+    tasks: Tasks | None = None
     on_factors: list[FactorTokens] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -107,15 +118,15 @@ class TokenIndex:
         slots = np.array([self._flat(place) for place in found], dtype=np.int64)
         positions = np.array([_position(place) for place in found], dtype=np.int64)
         by_token = positions[inverse]
-        if self.settings.products != "grouped":
+        if self.settings.is_static:
             self.core_slots.fill_(self.zero_slot)
             self.core_slots[: len(inverse)].copy_(torch.from_numpy(slots[inverse]))
         if self.settings.products != "static":
             # Stable, so that tokens that are all on one basis stay as they stand.
             order = np.argsort(by_token, kind="stable")
             starts = np.searchsorted(by_token[order], np.arange(self.settings.num_clusters + 1))
-            if self.settings.products == "grouped":
-                self._group(found, slots, by_token, inverse, order, starts)
+            if not self.settings.is_static:
+                self._group(found, slots, inverse, order, starts)
             else:
                 self.order[: len(order)].copy_(torch.from_numpy(order))
                 self.starts.copy_(torch.from_numpy(starts))
@@ -125,22 +136,22 @@ class TokenIndex:
         self,
         found: Sequence[Place | None],
         slots: np.ndarray,
-        by_token: np.ndarray,
         inverse: np.ndarray,
         order: np.ndarray,
         starts: np.ndarray,
     ) -> None:
         own, sizes = order[starts[0] :], np.diff(starts)
-        present = np.flatnonzero(sizes)
-        self.on_bases = None
-        if len(own):
+        self.on_bases = self.tasks = None
+        if len(own) and self.settings.products == "numba":
+            self.tasks = Tasks.split(sizes, own, slots[inverse[own]])
+        elif len(own):
+            present = np.flatnonzero(sizes)
             in_place = len(present) == 1 and len(own) == len(inverse)
             self.on_bases = BasisTokens(
                 tuple(present.tolist()),
                 tuple(sizes[present].tolist()),
                 None if in_place else torch.from_numpy(own),
                 torch.from_numpy(slots[inverse[own]]),
-                None if in_place else self._pad(by_token[own], sizes),
             )
         self.on_factors = []
         for number, place in enumerate(found):
@@ -149,14 +160,6 @@ class TokenIndex:
                 self.on_factors.append(
                     FactorTokens(place.slot, None if len(rows) == len(inverse) else torch.from_numpy(rows))
                 )
-
-    def _pad(self, positions: np.ndarray, sizes: np.ndarray) -> Padding | None:
-        """``positions`` (T_b,) of the tokens, sorted; ``sizes`` (C,) how many each basis has."""
-        width = int(sizes.max())
-        if 2 * np.count_nonzero(sizes) < len(sizes) or width * len(sizes) > MAX_PADDED_ROWS:
-            return None
-        first = np.cumsum(sizes) - sizes
-        return Padding(width, torch.from_numpy(positions * width + np.arange(len(positions)) - first[positions]))
 
     def _flat(self, place: Place | None) -> int:
         if place is None or place.position is None:

@@ -68,7 +68,7 @@ def looped(x: Tensor, V: Tensor, U: list[Tensor], cores: Tensor, positions: Tens
 def compare(
     kind: str, rank: int, num_tokens: int, dtype: torch.dtype, diagonal: bool = False, n: int = 3, d_in: int = 96
 ) -> None:
-    from serve_app.vllm_plugin.kernel import add_sorted
+    from serve_app.vllm_plugin.triton_kernel import add_sorted
 
     torch.manual_seed(rank + num_tokens)
     scale = d_in**-0.5
