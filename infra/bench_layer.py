@@ -6,7 +6,8 @@
 The layer is a packed q/k/v (d -> d, d/4, d/4) with 25 bases, or one; its tokens ask 64 adapters at most. Ways:
 
     base      the layer's own product, without adapters
-    grouped   torch's products, a basis at a time (what the vLLM engine does on CPUs)
+    grouped   torch's products, a basis at a time (what the vLLM engine does on CPUs in bfloat16 and float16)
+    numba     this project's CPU kernel (what it does on CPUs in float32)
     static    torch's products, bases picked by vLLM's shrink and expand (what it does on GPUs)
     triton    this project's kernels
     lora      vLLM's shrink and expand on the same adapters uncompressed, of the same rank: Punica's way
@@ -14,7 +15,7 @@ The layer is a packed q/k/v (d -> d, d/4, d/4) with 25 bases, or one; its tokens
 floor: the bytes that must be read and written at least (the tokens' bases, their cores, x, and out both ways) over the
 bandwidth of a large copy on this machine; share = floor / time. Operations are 2 T (n R d + n R^2 + R sum of d_out).
 Enough layers take turns that no cache holds their weights; on a GPU all of them are one captured graph. Medians.
-static and lora need vLLM. Last line: JSON.
+static, lora and numba need vLLM. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -83,23 +84,29 @@ def make_ways(case: Case, names: Sequence[str], dtype: torch.dtype, device: torc
     def settings(products: Products) -> PluginSettings:
         return PluginSettings(case.bases, SLOTS_EACH, case.rank, 0, False, products)
 
-    stacks = [BasisStack(settings("grouped"), case.d, case.d_outs, dtype, device) for _ in range(num_layers)]
-    for stack in stacks:
+    def make_stacks(products: Products) -> list[BasisStack]:
+        return [BasisStack(settings(products), case.d, case.d_outs, dtype, device) for _ in range(num_layers)]
+
+    stacks = make_stacks("grouped")
+    compiled = make_stacks("numba") if "numba" in names else []
+    for stack in [*stacks, *compiled]:
         for tensor in (stack.V, stack.cores, *stack.U):
             tensor.normal_(std=case.d**-0.5)
     places = {1 + basis * SLOTS_EACH + slot: Place(basis, slot) for basis, slot in case.asked()}
     ids = [1 + basis * SLOTS_EACH + slot for basis, slot in case.asked()]
     indices: dict[str, TokenIndex] = {}
-    products: tuple[Products, ...] = ("grouped", "static", "triton")
+    products: tuple[Products, ...] = ("grouped", "numba", "static", "triton")
     for name in products:
         indices[name] = TokenIndex(settings(name), case.tokens, device)
         positions = indices[name].set(ids, places)
-    on_bases = indices["grouped"].on_bases
+    on_bases, tasks = indices["grouped"].on_bases, indices["numba"].on_bases
     assert on_bases is not None
+    assert tasks is not None
     weights = [torch.randn(sum(case.d_outs), case.d, dtype=dtype, device=device) for _ in range(num_layers)]
     ways: dict[str, Way] = {
         "base": lambda out, x, i: torch.mm(x, weights[i].T, out=out),
-        "grouped": lambda out, x, i: stacks[i].add_grouped(out, x, on_bases),
+        "grouped": lambda out, x, i: stacks[i].add_sorted(out, x, on_bases),
+        "numba": lambda out, x, i: compiled[i].add_sorted(out, x, tasks),
         "triton": lambda out, x, i: stacks[i].add_triton(out, x, indices["triton"]),
     }
     if {"static", "lora"} & set(names):
@@ -197,6 +204,7 @@ def main() -> None:
     dtype, device = getattr(torch, dtype_name), torch.device(args.device)
     names = ["base", "grouped"]
     if importlib.util.find_spec("vllm") is not None:
+        names += ["numba"] if args.device == "cpu" and dtype_name == "float32" else []
         names += ["static", "lora"]
     if args.device == "cuda":
         names.append("triton")

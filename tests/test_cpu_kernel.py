@@ -66,8 +66,8 @@ def compare(
     index.set([0 if own is None else 1 + own[0] * SLOTS_EACH + own[1] for own in asked], places)
     x, before = torch.randn(num_tokens, d_in), torch.randn(num_tokens, sum(d_outs))
     out, expected = before.clone(), before.double()
-    if index.tasks is not None:
-        stack.add_numba(out, x, index.tasks)
+    if index.on_bases is not None:
+        stack.add_sorted(out, x, index.on_bases)
     for t, own in enumerate(asked):
         parts = expected[t].split(d_outs)
         for i, part in enumerate(parts if own is not None else ()):
@@ -133,16 +133,16 @@ def test_rows_of_a_wider_tensor_are_read_where_they_are() -> None:
     stack.put(0, [weights])
     index.set([1, 1, 1], {1: Place(0, 0)})
     wide, out = torch.randn(3, 20), torch.zeros(3, 8)
-    assert index.tasks is not None
+    assert index.on_bases is not None
     assert weights.cores is not None
-    stack.add_numba(out, wide[:, 4:12], index.tasks)
+    stack.add_sorted(out, wide[:, 4:12], index.on_bases)
     torch.testing.assert_close(out, wide[:, 4:12] @ weights.V @ weights.cores[0].T @ weights.U.T, rtol=1e-4, atol=1e-4)
 
 
 def test_tasks_are_short_and_hold_every_token_once() -> None:
     sizes = np.array([0, 1, MAX_TASK_TOKENS, 0, 2 * MAX_TASK_TOKENS + 1])
     total = int(sizes.sum())
-    tasks = Tasks.split(sizes, np.arange(total), np.arange(total))
+    tasks = Tasks.make(sizes, np.arange(total), np.arange(total))
     lengths = np.diff(tasks.starts)
     assert tasks.positions.tolist() == [1, 2, 4, 4, 4]
     assert lengths.tolist() == [1, MAX_TASK_TOKENS, MAX_TASK_TOKENS, MAX_TASK_TOKENS, 1]

@@ -56,7 +56,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.skipif(compatibility.vllm_version() 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of those that are safe under a capture; the kernels run on a GPU only.
-STATIC_PRODUCTS = ("static", "triton") if DEVICE == "cuda" else ("static",)
+OTHER_PRODUCTS = ("static", "triton", "grouped") if DEVICE == "cuda" else ("static", "grouped")
 T = TypeVar("T")
 RAW_HOME = f"factors:{RAW}"
 FIRST_HOMES = (*CLUSTERS, RAW_HOME, *BROKEN.values(), NAN)
@@ -109,9 +109,10 @@ def running(base_path: Path, homes: Homes) -> Iterator[Running]:
     running.close()
 
 
-@pytest.fixture(scope="module", params=STATIC_PRODUCTS)
-def static(request: pytest.FixtureRequest, base_path: Path, homes: Homes) -> Iterator[Running]:
-    """The products of a GPU, on a CPU by vLLM's own CPU kernels; all LoRA slots but the zero one are taken."""
+@pytest.fixture(scope="module", params=OTHER_PRODUCTS)
+def others(request: pytest.FixtureRequest, base_path: Path, homes: Homes) -> Iterator[Running]:
+    """The products that are not the default on a CPU in float32: a GPU's, on a CPU by vLLM's own CPU kernels, with all
+    LoRA slots but the zero one taken; and those of other dtypes."""
     running = Running(make_engine(base_path, homes, (*CLUSTERS, RAW_HOME), products=request.param))
     yield running
     running.close()
@@ -144,19 +145,31 @@ def test_a_mixed_batch_answers_as_peft_does_and_again_out_of_the_prefix_cache(
 
 
 def test_base_rows_are_untouched_in_a_batch_whose_last_lora_slot_is_taken(
-    static: Running, oracle: dict[str | None, list[int]]
+    others: Running, oracle: dict[str | None, list[int]]
 ) -> None:
     """The trap: vLLM's CPU kernels take index -1, a token without an adapter, for the last slot."""
     requests = [ask(None), ask(RAW), ask(None), ask(RAW)]
-    assert static.tokens(*requests) == [oracle[None], oracle[RAW], oracle[None], oracle[RAW]]
+    assert others.tokens(*requests) == [oracle[None], oracle[RAW], oracle[None], oracle[RAW]]
 
 
-def test_fallback_only_compressed_only_and_mixed_batches_are_exact_with_static_products(
-    static: Running, oracle: dict[str | None, list[int]]
+def test_fallback_only_compressed_only_and_mixed_batches_are_exact_with_the_other_products(
+    others: Running, oracle: dict[str | None, list[int]]
 ) -> None:
     """The trap: a branch on what the batch holds is frozen by a capture, and raw adapters answer as the base."""
     for names in ([RAW, RAW], ["number-en", "roman"], list(PROMPTS)):
-        assert static.tokens(*(ask(name) for name in names)) == [oracle[name] for name in names]
+        assert others.tokens(*(ask(name) for name in names)) == [oracle[name] for name in names]
+
+
+@pytest.mark.parametrize("products", ["static", None])
+def test_an_engine_starts_with_more_raw_adapters_than_a_batch_holds(
+    products: str | None, base_path: Path, homes: Homes, oracle: dict[str | None, list[int]]
+) -> None:
+    """The trap: vLLM wants its cache of LoRAs, which is as large as a batch by default, to hold every LoRA slot."""
+    running = Running(make_engine(base_path, homes, (RAW_HOME,), products=products, max_batch=1))
+    try:
+        assert running.tokens(ask(RAW)) == [oracle[RAW]]
+    finally:
+        running.close()
 
 
 def test_one_prompt_asked_of_every_adapter_shares_no_cached_prefix(running: Running) -> None:
@@ -241,18 +254,18 @@ def test_a_stream_that_is_closed_early_frees_its_place_and_its_home(running: Run
 
 
 def test_more_homes_than_places_are_refused_before_vllm_and_nothing_dies(
-    static: Running, homes: Homes, oracle: dict[str | None, list[int]]
+    others: Running, homes: Homes, oracle: dict[str | None, list[int]]
 ) -> None:
     """The trap: more distinct adapters than slots raise in vLLM's worker and end its process."""
     homes.store_is_up = True
     try:
         with pytest.raises(BundleError, match="all 2 places of the engine are taken"):
-            static.run(static.engine.attach(BROKEN["unreachable"]))
+            others.run(others.engine.attach(BROKEN["unreachable"]))
     finally:
         homes.store_is_up = False
     with pytest.raises(HomeUnavailable):
-        static.tokens(ask("unreachable", prompt="x"))
-    assert_exact(static, oracle)
+        others.tokens(ask("unreachable", prompt="x"))
+    assert_exact(others, oracle)
 
 
 def test_more_distinct_adapters_than_a_batch_holds_wait_and_all_answer(

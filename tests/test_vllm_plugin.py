@@ -100,14 +100,44 @@ def test_each_token_gets_its_own_adapters_delta_and_no_other(batch: str, product
     x, out = torch.randn(len(ids), D_IN), torch.zeros(len(ids), sum(D_OUTS))
     if products == "static":
         stack.add_static(out, x, index.core_slots[: len(ids)], Kernels(positions))
-    elif index.tasks is not None:
-        stack.add_numba(out, x, index.tasks)
     elif index.on_bases is not None:
-        stack.add_grouped(out, x, index.on_bases)
+        stack.add_sorted(out, x, index.on_bases)
     want = expected(x, [places.get(number) for number in ids], clusters)
     torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-3)
     untouched = [t for t, number in enumerate(ids) if number in (0, 13)]
     assert not out[untouched].any(), "rows without a basis are exactly the base's"
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("products", ["grouped", pytest.param("numba", marks=pytest.mark.vllm)])
+def test_truncated_and_raw_adapters_of_any_rank_share_a_stack_and_meet_only_their_own_rows(
+    products: str, diagonal: bool
+) -> None:
+    torch.manual_seed(0)
+    own = settings(products, diagonal=diagonal)
+    stack, index = BasisStack(own.of_factors(8), D_IN, D_OUTS, torch.float32, CPU), TokenIndex(own, 16, CPU)
+    adapters = [
+        [
+            None if i == skip else ModuleWeights(torch.randn(d, rank), torch.randn(D_IN, rank), None)
+            for i, d in enumerate(D_OUTS)
+        ]
+        for rank, skip in ((8, None), (3, 1))
+    ]
+    for slot, slices in enumerate(adapters):
+        stack.put(slot, slices)
+    places = {1: Place(0, 0), 13: Place(None, 0), 14: Place(None, 1)}
+    for ids in ([14, 0, 13, 1, 14, 14, 0], [13, 13]):
+        index.set(ids, places)
+        x, out, expected = torch.randn(len(ids), D_IN), torch.zeros(len(ids), sum(D_OUTS)), []
+        assert index.on_factors is not None
+        stack.add_sorted(out, x, index.on_factors)
+        for t, number in enumerate(ids):
+            slices = adapters[number - 13] if number >= 13 else [None] * 3
+            parts = [torch.zeros(d) if w is None else w.U @ (w.V.T @ x[t]) for w, d in zip(slices, D_OUTS, strict=True)]
+            expected.append(torch.cat(parts))
+        torch.testing.assert_close(out, torch.stack(expected), rtol=1e-4, atol=1e-3)
+    index.set([1, 0], places)
+    assert index.on_factors is None
 
 
 def test_static_products_with_one_cluster_need_no_kernels() -> None:

@@ -221,6 +221,8 @@ class VllmEngine:
                 "enable_lora": True,
                 # Of distinct adapters in a batch, which is no limit of ours.
                 "max_loras": settings.max_batch,
+                # vLLM starts only where its cache has room for all LoRA slots, of which we make our own number.
+                "max_cpu_loras": max(settings.max_batch, plugin.num_factor_slots + 1),
                 "max_lora_rank": slot_rank(_largest_rank(loaded, "factors:")),
                 "lora_target_modules": sorted({name.rpartition(".")[2] for own in loaded.values() for name in own}),
                 "additional_config": plugin.to_config(),

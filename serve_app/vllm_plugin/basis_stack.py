@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from cluster.layer import ModuleWeights
 from serve_app.vllm_plugin.settings import PluginSettings
-from serve_app.vllm_plugin.token_index import BasisTokens, Tasks, TokenIndex
+from serve_app.vllm_plugin.token_index import Groups, SortedTokens, Tasks, TokenIndex
 
 
 class BasisStack:
@@ -45,26 +45,29 @@ class BasisStack:
             ends = np.cumsum([0, *d_outs])
             self._arrays, self._add_tasks = (self.V.numpy(), U_T.numpy(), ends, self.cores.numpy()), add_tasks
             # Without a token: compiled now, seconds once a process, and not under the first request.
-            nobody = Tasks.split(np.zeros(C, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
-            self.add_numba(self.V.new_zeros(0, sum(d_outs)), self.V.new_zeros(0, d_in), nobody)
+            nobody = Tasks.make(np.zeros(C, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
+            self._add_numba(self.V.new_zeros(0, sum(d_outs)), self.V.new_zeros(0, d_in), nobody)
         else:
             self.U = tuple(torch.zeros(C + 1, 1, d_out, R, dtype=dtype, device=device) for d_out in d_outs)
         self._V_T = [self.V[position, 0].T for position in range(C)]
         self._U_T = [[U[position, 0].T for position in range(C)] for U in self.U]
 
     def put(self, position: int, slices: Sequence[ModuleWeights | None]) -> None:
-        """Write a cluster's weights, one entry a slice (None: that slice's module is not touched)."""
+        """Write a cluster's weights, one entry a slice (None: that slice's module is not touched), or an adapter's own,
+        which have no cores: one core then, the identity."""
         self.clear(position)
         start = position * self.settings.slots_per_cluster
         for i, weights in enumerate(slices):
             if weights is None:
                 continue
-            assert weights.cores is not None
-            r_U, r_V, num_cores = weights.U.shape[1], weights.V.shape[1], weights.cores.shape[0]
+            r_U, r_V = weights.U.shape[1], weights.V.shape[1]
+            cores = weights.cores
+            if cores is None:
+                cores = torch.ones(1, r_U) if self.settings.is_diagonal else torch.eye(r_U)[None]
             self.V[position, 0, i * self.rank : i * self.rank + r_V].copy_(weights.V.T)
             self.U[i][position, 0, :, :r_U].copy_(weights.U)
-            own = self.cores[start : start + num_cores, i]
-            (own[:, :r_U] if self.settings.is_diagonal else own[:, :r_U, :r_V]).copy_(weights.cores)
+            own = self.cores[start : start + len(cores), i]
+            (own[:, :r_U] if self.settings.is_diagonal else own[:, :r_U, :r_V]).copy_(cores)
 
     def clear(self, position: int) -> None:
         start = position * self.settings.slots_per_cluster
@@ -73,7 +76,7 @@ class BasisStack:
         for U in self.U:
             U[position].zero_()
 
-    def add_grouped(self, out: Tensor, x: Tensor, tokens: BasisTokens) -> None:
+    def add_sorted(self, out: Tensor, x: Tensor, tokens: SortedTokens) -> None:
         """Semantics, for each of the tokens t (its position c, its core s) and slice i:
 
             out_i[t] += U_i[c] S_i[s] V_i[c]^T x[t]
@@ -81,16 +84,22 @@ class BasisStack:
         out (T, sum of d_out_i) is changed in place; x (T, d_in); both of the stack's dtype. A token meets its own basis
         only.
         """
+        if isinstance(tokens, Tasks):
+            self._add_numba(out, x, tokens)
+        else:
+            self._add_grouped(out, x, tokens)
+
+    def _add_grouped(self, out: Tensor, x: Tensor, tokens: Groups) -> None:
         rows = x if tokens.rows is None else x.index_select(0, tokens.rows)
         if tokens.rows is None:
             position = tokens.positions[0]
             mixed = self._mix(torch.mm(rows, self._V_T[position]), tokens.slots)
-            add_slices(out, None, [(mixed[:, i], U[position, 0]) for i, U in enumerate(self.U)])
+            add_slices(out, [(mixed[:, i], U[position, 0]) for i, U in enumerate(self.U)])
         else:
             mixed = self._mix(self._shrink_each(rows, tokens), tokens.slots)
             out.index_add_(0, tokens.rows, self._expand_each(mixed, tokens))
 
-    def _shrink_each(self, rows: Tensor, tokens: BasisTokens) -> Tensor:
+    def _shrink_each(self, rows: Tensor, tokens: Groups) -> Tensor:
         h = rows.new_empty(len(rows), self.num_slices * self.rank)
         parts = zip(
             tokens.positions, rows.split_with_sizes(tokens.sizes), h.split_with_sizes(tokens.sizes), strict=True
@@ -99,7 +108,7 @@ class BasisStack:
             torch.mm(own, self._V_T[position], out=target)
         return h
 
-    def _expand_each(self, mixed: Tensor, tokens: BasisTokens) -> Tensor:
+    def _expand_each(self, mixed: Tensor, tokens: Groups) -> Tensor:
         delta = mixed.new_empty(len(mixed), sum(self.d_outs))
         for i, columns in enumerate(delta.split_with_sizes(self.d_outs, dim=1)):
             parts = zip(
@@ -112,8 +121,7 @@ class BasisStack:
                 torch.mm(own, self._U_T[i][position], out=target)
         return delta
 
-    def add_numba(self, out: Tensor, x: Tensor, tasks: Tasks) -> None:
-        """The same by this project's CPU kernel; both of float32."""
+    def _add_numba(self, out: Tensor, x: Tensor, tasks: Tasks) -> None:
         V, U_T, ends, cores = self._arrays
         self._add_tasks(
             out.numpy(), x.contiguous().numpy(), V, U_T, ends, cores, tasks.positions, tasks.starts, tasks.rows,
@@ -125,7 +133,7 @@ class BasisStack:
         bases vLLM's own shrink and expand kernels pick each token's, by the metadata in ``kernels``."""
         if self.settings.num_clusters == 1:
             mixed = self._mix(linear(x, self.V[0, 0]), core_slots)
-            add_slices(out, None, [(mixed[:, i], self.U[i][0, 0]) for i in range(self.num_slices)])
+            add_slices(out, [(mixed[:, i], self.U[i][0, 0]) for i in range(self.num_slices)])
             return
         shrunk = torch.zeros(1, x.shape[0], self.num_slices * self.rank, dtype=torch.float32, device=x.device)
         kernels.add_shrink(shrunk, x, (self.V,), 1.0)
@@ -147,14 +155,10 @@ class BasisStack:
         return torch.matmul(cores, h.unsqueeze(-1)).squeeze(-1)
 
 
-def add_slices(out: Tensor, rows: Tensor | None, slices: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Semantics: out[rows, columns of slice i] += h_i U_i^T for each (h_i (T_g, R), U_i (d_out_i, R)); ``rows``
-    None means all. out is changed in place."""
+def add_slices(out: Tensor, slices: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Semantics: out[:, columns of slice i] += h_i U_i^T for each (h_i (T, R), U_i (d_out_i, R)); out is changed in
+    place."""
     start = 0
     for h, U in slices:
-        columns = out[:, start : start + U.shape[0]]
-        if rows is None:
-            columns.addmm_(h, U.T)
-        else:
-            columns.index_add_(0, rows, linear(h, U))
+        out[:, start : start + U.shape[0]].addmm_(h, U.T)
         start += U.shape[0]

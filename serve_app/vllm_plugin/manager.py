@@ -22,7 +22,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from cluster.errors import BundleError, ConfigError
 from cluster.layer import ModuleWeights
 from serve_app.vllm_plugin import compatibility
-from serve_app.vllm_plugin.basis_stack import BasisStack, add_slices
+from serve_app.vllm_plugin.basis_stack import BasisStack
 from serve_app.vllm_plugin.home_file import read_home
 from serve_app.vllm_plugin.settings import PluginSettings
 from serve_app.vllm_plugin.token_index import Place, TokenIndex, read_path
@@ -46,6 +46,7 @@ class HomeModelManager(LRUCacheLoRAModelManager):
         assert settings is not None
         self.settings = settings
         self.stacks: dict[str, BasisStack] = {}
+        self.factor_stacks: dict[str, BasisStack] = {}  # of products that are not static
         self.positions: list[str | None] = [None] * settings.num_clusters  # -> home
         self.factor_slots: list[str | None] = [None] * settings.num_factor_slots
         self._last_mapping: LoRAMapping | None = None
@@ -54,9 +55,10 @@ class HomeModelManager(LRUCacheLoRAModelManager):
 
     @property
     def lora_slots(self) -> int:
-        """vLLM's own slots: one a truncated or raw adapter, and a last one that stays zero. Its CPU kernels take
-        index -1 (a token without an adapter) for the last slot; base rows must not get somebody's output."""
-        return self.settings.num_factor_slots + 1
+        """vLLM's own slots: with static products one a truncated or raw adapter, and always a last one that stays zero.
+        Its CPU kernels take index -1 (a token without an adapter) for the last slot; base rows must not get somebody's
+        output."""
+        return (self.settings.num_factor_slots if self.settings.is_static else 0) + 1
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
@@ -78,25 +80,25 @@ class HomeModelManager(LRUCacheLoRAModelManager):
                     f"engine vllm: layer {name} is a {type(layer).__name__}, in which compressed adapters were not "
                     "tried; set engine to transformers"
                 )
-            stack = BasisStack(
-                self.settings, layer.input_size, layer.output_slices, self.lora_config.lora_dtype, self.device
-            )
-            self.stacks[name] = stack
+            shape = layer.input_size, layer.output_slices, self.lora_config.lora_dtype, self.device
+            self.stacks[name] = BasisStack(self.settings, *shape)
+            if not self.settings.is_static:
+                self.factor_stacks[name] = BasisStack(self.settings.of_factors(self.lora_config.max_lora_rank), *shape)
             # On the instance: any of vLLM's linear layers, of any version, keeps its own way through the model.
             stock = layer._apply_lora_to_output
-            layer._apply_lora_to_output = types.MethodType(self._make_apply(stack, stock), layer)
+            layer._apply_lora_to_output = types.MethodType(self._make_apply(name, stock), layer)
 
-    def _make_apply(self, stack: BasisStack, stock: Any) -> Any:
+    def _make_apply(self, name: str, stock: Any) -> Any:
         settings, index, basis_kernels = self.settings, self.index, self.basis_kernels
+        stack, factor_stack = self.stacks[name], self.factor_stacks.get(name)
 
         def apply_sorted(layer: Any, x: Tensor, out: Tensor) -> Tensor:
             flat_x, flat_out = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-            if index.tasks is not None:
-                stack.add_numba(flat_out, flat_x, index.tasks)
             if index.on_bases is not None:
-                stack.add_grouped(flat_out, flat_x, index.on_bases)
-            for own in index.on_factors:
-                add_factors(flat_out, flat_x, own.rows, layer, own.slot)
+                stack.add_sorted(flat_out, flat_x, index.on_bases)
+            if index.on_factors is not None:
+                assert factor_stack is not None
+                factor_stack.add_sorted(flat_out, flat_x, index.on_factors)
             return out
 
         def apply_static(layer: Any, x: Tensor, out: Tensor) -> Tensor:
@@ -160,10 +162,11 @@ class HomeModelManager(LRUCacheLoRAModelManager):
             )
         for name, layer in self.modules.items():
             slices = [weights.get(module) for module in self.slice_names(name)]
-            if is_cluster:
-                self.stacks[name].put(place, [shard(layer, i, s) for i, s in enumerate(slices)])
-            else:
+            if not is_cluster and self.settings.is_static:
                 set_factors(layer, place, slices)
+                continue
+            own = [shard(layer, i, s) for i, s in enumerate(slices)]
+            (self.stacks if is_cluster else self.factor_stacks)[name].put(place, own)
         places[place] = home
 
     def detach(self, home: str) -> None:
@@ -174,8 +177,11 @@ class HomeModelManager(LRUCacheLoRAModelManager):
             self.positions[position] = None
         if home in self.factor_slots:
             slot = self.factor_slots.index(home)
-            for layer in self.modules.values():
-                layer.reset_lora(slot)
+            for name, layer in self.modules.items():
+                if self.settings.is_static:
+                    layer.reset_lora(slot)
+                else:
+                    self.factor_stacks[name].clear(slot)
             self.factor_slots[slot] = None
 
     def place_of(self, path: str) -> Place:
@@ -290,13 +296,6 @@ def update_kernels(kernels: Any, ids: Sequence[int], num_slots: int) -> None:
     mapping = LoRAMapping(tuple(ids), tuple(ids), is_prefill=True)
     # vLLM's own convention: one more than the slots that hold something.
     kernels.update_metadata(mapping, [*range(1, num_slots), None], num_slots + 1, 0)
-
-
-def add_factors(out: Tensor, x: Tensor, rows: Tensor | None, layer: Any, slot: int) -> None:
-    """Semantics, for the rows of one truncated or raw adapter: out_i[t] += B_i A_i x[t] for each slice i."""
-    own = x if rows is None else x.index_select(0, rows)
-    pairs = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
-    add_slices(out, rows, [(own @ A[slot, 0].T, B[slot, 0]) for A, B in pairs])
 
 
 def shard(layer: Any, slice_index: int, weights: ModuleWeights | None) -> ModuleWeights | None:

@@ -37,6 +37,12 @@ class PluginSettings:
     def is_static(self) -> bool:
         return self.products in ("static", "triton")
 
+    def of_factors(self, rank: int) -> PluginSettings:
+        """For a stack of truncated and raw adapters, of ``rank`` at most: each a basis with the identity as core."""
+        return dataclasses.replace(
+            self, num_clusters=self.num_factor_slots, slots_per_cluster=1, rank=rank, num_factor_slots=0
+        )
+
     def to_config(self) -> dict[str, Any]:
         return {SECTION: dataclasses.asdict(self)}
 

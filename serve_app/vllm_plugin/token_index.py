@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ _PLACE = re.compile(r"cts:/(?P<home>.+)#(?P<slot>[0-9]+)")
 @dataclass(frozen=True)
 class Place:
     """Where an adapter's weights are: ``position`` is its basis in the stacks, ``slot`` its core there; a truncated
-    or raw adapter has no basis (None), and ``slot`` is vLLM's own LoRA slot."""
+    or raw adapter has no basis (None) but a ``slot`` of its own."""
 
     position: int | None
     slot: int
@@ -44,7 +44,7 @@ def read_path(path: str) -> tuple[str, int]:
 
 
 @dataclass(frozen=True)
-class BasisTokens:
+class Groups:
     """A step's tokens on bases (``grouped`` products), those of one basis next to each other: ``sizes[k]`` of them on
     ``positions[k]``.
 
@@ -56,6 +56,18 @@ class BasisTokens:
     sizes: tuple[int, ...]
     rows: Tensor | None
     slots: Tensor
+
+    @classmethod
+    def make(cls, sizes: np.ndarray, rows: np.ndarray, slots: np.ndarray, num_tokens: int) -> Groups:
+        """``sizes`` (C,): how many of the tokens, which are in the order of their bases, each basis has."""
+        present = np.flatnonzero(sizes)
+        in_place = len(present) == 1 and len(rows) == num_tokens
+        return cls(
+            tuple(present.tolist()),
+            tuple(sizes[present].tolist()),
+            None if in_place else torch.from_numpy(rows),
+            torch.from_numpy(slots),
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Tasks:
     slots: np.ndarray
 
     @classmethod
-    def split(cls, sizes: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> Tasks:
+    def make(cls, sizes: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> Tasks:
         """``sizes`` (C,): how many of the tokens, which are in the order of their bases, each basis has."""
         pieces = -(-sizes // MAX_TASK_TOKENS)
         positions = np.repeat(np.arange(len(sizes)), pieces)
@@ -78,18 +90,15 @@ class Tasks:
         return cls(positions, np.append(firsts, len(rows)), rows, slots)
 
 
-@dataclass(frozen=True)
-class FactorTokens:
-    """The tokens of one truncated or raw adapter; ``rows`` as in BasisTokens."""
-
-    slot: int
-    rows: Tensor | None
+SortedTokens = Groups | Tasks
 
 
 @dataclass
 class TokenIndex:
     """The current step's, written by ``set`` between two forward passes and read by every layer.
 
+    ``on_bases`` and ``on_factors`` (``grouped`` and ``numba`` products): the tokens on clusters' bases, and those of
+    truncated and raw adapters, each of which counts as a basis with one core; None where there are none.
     ``core_slots`` (max_tokens,) int64: each row's flat core index (``static`` and ``triton`` products). ``order``
     (max_tokens,) int32 and ``starts`` (C + 1,) int32, of ``triton``: rows in the order of their bases; those of basis c
     stand at starts[c] <= k < starts[c + 1], rows without a basis and padding nowhere. All at fixed addresses.
@@ -101,9 +110,8 @@ class TokenIndex:
     settings: PluginSettings
     max_tokens: int
     device: torch.device
-    on_bases: BasisTokens | None = None
-    tasks: Tasks | None = None
-    on_factors: list[FactorTokens] = field(default_factory=list)
+    on_bases: SortedTokens | None = None
+    on_factors: SortedTokens | None = None
 
     def __post_init__(self) -> None:
         self.zero_slot = self.settings.num_clusters * self.settings.slots_per_cluster
@@ -121,45 +129,25 @@ class TokenIndex:
         if self.settings.is_static:
             self.core_slots.fill_(self.zero_slot)
             self.core_slots[: len(inverse)].copy_(torch.from_numpy(slots[inverse]))
-        if self.settings.products != "static":
-            # Stable, so that tokens that are all on one basis stay as they stand.
-            order = np.argsort(by_token, kind="stable")
-            starts = np.searchsorted(by_token[order], np.arange(self.settings.num_clusters + 1))
-            if not self.settings.is_static:
-                self._group(found, slots, inverse, order, starts)
-            else:
-                self.order[: len(order)].copy_(torch.from_numpy(order))
-                self.starts.copy_(torch.from_numpy(starts))
+        else:
+            factors = np.array([_factor_slot(place) for place in found], dtype=np.int64)[inverse]
+            self.on_bases = self._sorted(by_token, slots[inverse], self.settings.num_clusters)
+            self.on_factors = self._sorted(factors, factors, self.settings.num_factor_slots)
+        if self.settings.products == "triton":
+            order, starts = _sort(by_token, self.settings.num_clusters)
+            self.order[: len(order)].copy_(torch.from_numpy(order))
+            self.starts.copy_(torch.from_numpy(starts))
         return tuple((by_token + 1).tolist())
 
-    def _group(
-        self,
-        found: Sequence[Place | None],
-        slots: np.ndarray,
-        inverse: np.ndarray,
-        order: np.ndarray,
-        starts: np.ndarray,
-    ) -> None:
-        own, sizes = order[starts[0] :], np.diff(starts)
-        self.on_bases = self.tasks = None
-        if len(own) and self.settings.products == "numba":
-            self.tasks = Tasks.split(sizes, own, slots[inverse[own]])
-        elif len(own):
-            present = np.flatnonzero(sizes)
-            in_place = len(present) == 1 and len(own) == len(inverse)
-            self.on_bases = BasisTokens(
-                tuple(present.tolist()),
-                tuple(sizes[present].tolist()),
-                None if in_place else torch.from_numpy(own),
-                torch.from_numpy(slots[inverse[own]]),
-            )
-        self.on_factors = []
-        for number, place in enumerate(found):
-            if place is not None and place.position is None:
-                rows = np.flatnonzero(inverse == number)
-                self.on_factors.append(
-                    FactorTokens(place.slot, None if len(rows) == len(inverse) else torch.from_numpy(rows))
-                )
+    def _sorted(self, positions: np.ndarray, slots: np.ndarray, num_bases: int) -> SortedTokens | None:
+        """``positions`` (T,) on one of the bases, -1 for none; ``slots`` (T,) their cores."""
+        order, starts = _sort(positions, num_bases)
+        rows, sizes = order[starts[0] :], np.diff(starts)
+        if not len(rows):
+            return None
+        if self.settings.products == "numba":
+            return Tasks.make(sizes, rows, slots[rows])
+        return Groups.make(sizes, rows, slots[rows], len(positions))
 
     def _flat(self, place: Place | None) -> int:
         if place is None or place.position is None:
@@ -169,3 +157,14 @@ class TokenIndex:
 
 def _position(place: Place | None) -> int:
     return -1 if place is None or place.position is None else place.position
+
+
+def _factor_slot(place: Place | None) -> int:
+    return -1 if place is None or place.position is not None else place.slot
+
+
+def _sort(positions: np.ndarray, num_bases: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens in the order of their bases, those without one first: basis c has ``order[starts[c]:starts[c + 1]]``."""
+    # Stable, so that tokens that are all on one basis stay as they stand.
+    order = np.argsort(positions, kind="stable")
+    return order, np.searchsorted(positions[order], np.arange(num_bases + 1))

@@ -26,7 +26,8 @@ class HomeWorker:
         """Bytes of all stacks and LoRA slots of this worker."""
         manager = self.model_runner.lora_manager._adapter_manager
         tensors = []
-        for name, layer in manager.modules.items():
-            stack = manager.stacks[name]
-            tensors += [stack.V, *stack.U, stack.cores, *layer.lora_a_stacked, *layer.lora_b_stacked]
+        for stack in [*manager.stacks.values(), *manager.factor_stacks.values()]:
+            tensors += [stack.V, *stack.U, stack.cores]
+        for layer in manager.modules.values():
+            tensors += [*layer.lora_a_stacked, *layer.lora_b_stacked]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
