@@ -107,7 +107,8 @@ class Collection:
         clusters = len(self.many.manifest.clusters)
         errors = [adapter.error for adapter in self.many.manifest.adapters.values()]
         return (
-            f"{N} adapters: {real} real, {N - real} seeded variations of them; e25: {clusters} clusters, "
+            f"{N} adapters of {', '.join(self.fleet.modules)}: {real} real, {N - real} seeded variations of them; "
+            f"e25: {clusters} clusters, "
             f"{count_modes(self.many)}, mean error {sum(errors) / N:.3f}; c: {self.slots} slots; "
             f"s: rank {self.truncated_rank}"
         )
