@@ -139,10 +139,19 @@ def test_rows_of_a_wider_tensor_are_read_where_they_are() -> None:
     torch.testing.assert_close(out, wide[:, 4:12] @ weights.V @ weights.cores[0].T @ weights.U.T, rtol=1e-4, atol=1e-4)
 
 
+def test_an_index_of_another_step_is_refused_before_anything_is_written() -> None:
+    settings = PluginSettings(1, 1, 4, 0, False, "numba")
+    stack, index = BasisStack(settings, 8, (8,), torch.float32, CPU), TokenIndex(settings, 16, CPU)
+    index.set([1, 1, 1], {1: Place(0, 0)})
+    assert index.on_bases is not None
+    with pytest.raises(IndexError, match="2 tokens came with the index of a step of 3"):
+        stack.add_sorted(torch.zeros(2, 8), torch.zeros(2, 8), index.on_bases)
+
+
 def test_tasks_are_short_and_hold_every_token_once() -> None:
     sizes = np.array([0, 1, MAX_TASK_TOKENS, 0, 2 * MAX_TASK_TOKENS + 1])
     total = int(sizes.sum())
-    tasks = Tasks.make(sizes, np.arange(total), np.arange(total))
+    tasks = Tasks.make(sizes, np.arange(total), np.arange(total), total)
     lengths = np.diff(tasks.starts)
     assert tasks.positions.tolist() == [1, 2, 4, 4, 4]
     assert lengths.tolist() == [1, MAX_TASK_TOKENS, MAX_TASK_TOKENS, MAX_TASK_TOKENS, 1]

@@ -45,7 +45,7 @@ class BasisStack:
             ends = np.cumsum([0, *d_outs])
             self._arrays, self._add_tasks = (self.V.numpy(), U_T.numpy(), ends, self.cores.numpy()), add_tasks
             # Without a token: compiled now, seconds once a process, and not under the first request.
-            nobody = Tasks.make(np.zeros(C, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
+            nobody = Tasks.make(np.zeros(C, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
             self._add_numba(self.V.new_zeros(0, sum(d_outs)), self.V.new_zeros(0, d_in), nobody)
         else:
             self.U = tuple(torch.zeros(C + 1, 1, d_out, R, dtype=dtype, device=device) for d_out in d_outs)
@@ -122,6 +122,8 @@ class BasisStack:
         return delta
 
     def _add_numba(self, out: Tensor, x: Tensor, tasks: Tasks) -> None:
+        if len(x) < tasks.num_tokens:  # the kernel looks at no bounds
+            raise IndexError(f"{len(x)} tokens came with the index of a step of {tasks.num_tokens}")
         V, U_T, ends, cores = self._arrays
         self._add_tasks(
             out.numpy(), x.contiguous().numpy(), V, U_T, ends, cores, tasks.positions, tasks.starts, tasks.rows,

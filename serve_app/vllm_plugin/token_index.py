@@ -73,21 +73,23 @@ class Groups:
 @dataclass(frozen=True)
 class Tasks:
     """The same for ``numba`` products, in tasks of MAX_TASK_TOKENS at most, all int64: task k has the basis
-    ``positions[k]`` and the tokens ``starts[k]`` to ``starts[k + 1]`` of ``rows`` and ``slots`` (both (T_b,))."""
+    ``positions[k]`` and the tokens ``starts[k]`` to ``starts[k + 1]`` of ``rows`` and ``slots`` (both (T_b,)).
+    ``num_tokens`` are the step's: rows are below it."""
 
     positions: np.ndarray
     starts: np.ndarray
     rows: np.ndarray
     slots: np.ndarray
+    num_tokens: int
 
     @classmethod
-    def make(cls, sizes: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> Tasks:
+    def make(cls, sizes: np.ndarray, rows: np.ndarray, slots: np.ndarray, num_tokens: int) -> Tasks:
         """``sizes`` (C,): how many of the tokens, which are in the order of their bases, each basis has."""
         pieces = -(-sizes // MAX_TASK_TOKENS)
         positions = np.repeat(np.arange(len(sizes)), pieces)
         number = np.arange(len(positions)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         firsts = (np.cumsum(sizes) - sizes)[positions] + number * MAX_TASK_TOKENS
-        return cls(positions, np.append(firsts, len(rows)), rows, slots)
+        return cls(positions, np.append(firsts, len(rows)), rows, slots, num_tokens)
 
 
 SortedTokens = Groups | Tasks
@@ -145,9 +147,8 @@ class TokenIndex:
         rows, sizes = order[starts[0] :], np.diff(starts)
         if not len(rows):
             return None
-        if self.settings.products == "numba":
-            return Tasks.make(sizes, rows, slots[rows])
-        return Groups.make(sizes, rows, slots[rows], len(positions))
+        kind = Tasks if self.settings.products == "numba" else Groups
+        return kind.make(sizes, rows, slots[rows], len(positions))
 
     def _flat(self, place: Place | None) -> int:
         if place is None or place.position is None:
