@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import product
 
 import numpy as np
@@ -14,7 +15,10 @@ from serve_app.vllm_plugin.basis_stack import BasisStack
 from serve_app.vllm_plugin.settings import PluginSettings
 from serve_app.vllm_plugin.token_index import MAX_TASK_TOKENS, Place, Tasks, TokenIndex
 
-pytestmark = pytest.mark.vllm
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("numba") is None, reason="Numba comes with vLLM"),
+]
 
 CPU = torch.device("cpu")
 NUM_BASES, SLOTS_EACH = 5, 4

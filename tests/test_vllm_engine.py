@@ -55,7 +55,7 @@ __all__ = ["oracle", "tokenizer"]  # fixtures
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(compatibility.vllm_version() is None, reason="vLLM is not here")]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Of those that are safe under a capture; the kernels run on a GPU only.
+# Than the default; the Triton kernels run on a GPU only.
 OTHER_PRODUCTS = ("static", "triton", "grouped") if DEVICE == "cuda" else ("static", "grouped")
 T = TypeVar("T")
 RAW_HOME = f"factors:{RAW}"

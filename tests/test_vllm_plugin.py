@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,10 @@ from serve_app.vllm_plugin.token_index import Place, TokenIndex, read_path, writ
 
 D_IN, D_OUTS = 24, (16, 8, 8)
 CPU = torch.device("cpu")
+NUMBA = pytest.param(
+    "numba",
+    marks=[pytest.mark.vllm, pytest.mark.skipif(find_spec("numba") is None, reason="Numba comes with vLLM")],
+)
 
 
 def settings(products: str = "grouped", clusters: int = 3, diagonal: bool = False) -> PluginSettings:
@@ -82,12 +87,10 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
-@pytest.mark.parametrize("products", ["grouped", pytest.param("numba", marks=pytest.mark.vllm), "static"])
+@pytest.mark.parametrize("products", ["grouped", NUMBA, "static"])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_each_token_gets_its_own_adapters_delta_and_no_other(batch: str, products: str, diagonal: bool) -> None:
     torch.manual_seed(0)
-    if products == "numba":
-        pytest.importorskip("numba", reason="it comes with vLLM")
     own = settings(products, diagonal=diagonal)
     clusters = [random_cluster(6, diagonal), random_cluster(3, diagonal, skip=1), random_cluster(5, diagonal)]
     stack = BasisStack(own, D_IN, D_OUTS, torch.float32, CPU)
@@ -109,7 +112,7 @@ def test_each_token_gets_its_own_adapters_delta_and_no_other(batch: str, product
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
-@pytest.mark.parametrize("products", ["grouped", pytest.param("numba", marks=pytest.mark.vllm)])
+@pytest.mark.parametrize("products", ["grouped", NUMBA])
 def test_truncated_and_raw_adapters_of_any_rank_share_a_stack_and_meet_only_their_own_rows(
     products: str, diagonal: bool
 ) -> None:

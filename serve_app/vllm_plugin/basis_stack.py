@@ -49,8 +49,8 @@ class BasisStack:
             self._add_numba(self.V.new_zeros(0, sum(d_outs)), self.V.new_zeros(0, d_in), nobody)
         else:
             self.U = tuple(torch.zeros(C + 1, 1, d_out, R, dtype=dtype, device=device) for d_out in d_outs)
-        self._V_T = [self.V[position, 0].T for position in range(C)]
-        self._U_T = [[U[position, 0].T for position in range(C)] for U in self.U]
+            self._V_T = [self.V[position, 0].T for position in range(C)]
+            self._U_T = [[U[position, 0].T for position in range(C)] for U in self.U]
 
     def put(self, position: int, slices: Sequence[ModuleWeights | None]) -> None:
         """Write a cluster's weights, one entry a slice (None: that slice's module is not touched), or an adapter's own,
@@ -90,13 +90,12 @@ class BasisStack:
             self._add_grouped(out, x, tokens)
 
     def _add_grouped(self, out: Tensor, x: Tensor, tokens: Groups) -> None:
-        rows = x if tokens.rows is None else x.index_select(0, tokens.rows)
         if tokens.rows is None:
             position = tokens.positions[0]
-            mixed = self._mix(torch.mm(rows, self._V_T[position]), tokens.slots)
+            mixed = self._mix(torch.mm(x, self._V_T[position]), tokens.slots)
             add_slices(out, [(mixed[:, i], U[position, 0]) for i, U in enumerate(self.U)])
         else:
-            mixed = self._mix(self._shrink_each(rows, tokens), tokens.slots)
+            mixed = self._mix(self._shrink_each(x.index_select(0, tokens.rows), tokens), tokens.slots)
             out.index_add_(0, tokens.rows, self._expand_each(mixed, tokens))
 
     def _shrink_each(self, rows: Tensor, tokens: Groups) -> Tensor:
