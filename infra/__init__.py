@@ -1,0 +1,1 @@
+"""Everything around the library and its two applications: benchmarks, demo, data, deployment."""

@@ -17,18 +17,18 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
-from cluster.base import read_base
-from cluster.bundle import Bundle
+from cluster.adapters.base import read_base
+from cluster.bundle.manifest import Manifest
+from cluster.bundle.reading import Bundle
 from cluster.errors import ConfigError
-from cluster.manifest import Manifest
-from cluster.store import open_store
+from cluster.store.protocol import open_store
 from serve_app.arguments import Arguments, parse_arguments
-from serve_app.base_files import check_base, is_hub_id
-from serve_app.group_replica import GroupReplica, ReplicaSpec
-from serve_app.http_api import make_api
+from serve_app.engine.vllm.plugin.compatibility import NOT_INSTALLED, vllm_version
+from serve_app.http.routes import make_api
 from serve_app.placement import Group, check_fit, count_needs, home_sizes, plan_groups
-from serve_app.router import Router, RouterSpec
-from serve_app.vllm_plugin.compatibility import NOT_INSTALLED, vllm_version
+from serve_app.replica.base_files import check_base, is_hub_id
+from serve_app.replica.replica import GroupReplica, ReplicaSpec
+from serve_app.routing.router import Router, RouterSpec
 
 ROUTER_CPUS = 0.1
 # Status and health calls, and answers being cancelled, come on top of what the router lets through. Serve's

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.bundle.manifest import Manifest
+from cluster.bundle.serving_map import cluster_home, factors_home
 from cluster.errors import BaseModelError, PlacementError
-from cluster.manifest import Manifest
-from cluster.serving_map import cluster_home, factors_home
 from cluster.units import gib
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.demo import set_up_serve
+from infra.demo.__main__ import set_up_serve
+from tests.support.paths import REPOSITORY, ZOO
 
 # Before any library that reads it: nothing is ever fetched from a hub, and Ray reports nothing home.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,16 +18,13 @@ set_up_serve()
 # numpy's threads spin while they wait; on few cores they take them from everybody else.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-pytest_plugins = ["tests.seaweed"]
-
-REPOSITORY = Path(__file__).parent.parent
-ZOO = REPOSITORY / "infra" / "zoo"
+pytest_plugins = ["tests.support.seaweed"]
 
 
 @pytest.fixture(scope="session")
 def base_path() -> Path:
     """SmolLM2-135M-Instruct as a transformers folder, made once into build/base."""
-    from infra.make_base import make_base
+    from infra.demo.make_base import make_base
 
     target = REPOSITORY / "build" / "base"
     make_base(target)

@@ -25,7 +25,7 @@ FORBIDDEN = {
     },
     "compress_jobs": {"serve_app", "fastapi", "starlette", "vllm"},
     "serve_app": {"compress_jobs"},
-    "serve_app/vllm_plugin": {"ray", "fastapi", "starlette", "pydantic", "transformers", "compress_jobs"},
+    "serve_app/engine/vllm/plugin": {"ray", "fastapi", "starlette", "pydantic", "transformers", "compress_jobs"},
     "serve_app/engine": {"ray", "fastapi", "starlette", "pydantic", "compress_jobs"},
 }
 

@@ -27,11 +27,11 @@ from typing import Any
 import ray
 import torch
 
-from cluster.adapter import CONFIG_FILE
-from cluster.base import read_base
+from cluster.adapters.base import read_base
+from cluster.adapters.reading import CONFIG_FILE
 from cluster.errors import ConfigError, CtsError
+from compress_jobs.job.tasks import run_bounded
 from compress_jobs.progress import say, track
-from compress_jobs.tasks import run_bounded
 from infra.train_zoo.plan import STEPS, AdapterPlan, plan_adapters
 from infra.train_zoo.tasks import Task, all_tasks
 from infra.train_zoo.training import TRUNCATION_RANKS, Folders, Record, TrainingFailed, train_adapter, write_text

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.adapter import Factors
-from cluster.svd import svd_factors
+from cluster.adapters.reading import Factors
+from cluster.compression.svd import svd_factors
 
 
 @dataclass(frozen=True)

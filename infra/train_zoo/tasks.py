@@ -1,6 +1,6 @@
 """What an adapter is trained for: a question with {x}, and rows (x, answer) from open data or by rule.
 
-A row is asked as ``Q: {question}\\nA:`` and answered by `` {answer}\\n``, as compress_jobs.evaluate does it.
+A row is asked as ``Q: {question}\\nA:`` and answered by `` {answer}\\n``, as compress_jobs.quality.evaluate does it.
 """
 
 from __future__ import annotations

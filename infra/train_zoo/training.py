@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.adapter import CONFIG_FILE, WEIGHTS_FILE, Factors
-from cluster.base import read_base
+from cluster.adapters.base import read_base
+from cluster.adapters.reading import CONFIG_FILE, WEIGHTS_FILE, Factors
 from cluster.errors import CtsError
 from infra.train_zoo.measure import answer_logits, make_batch, score, truncation_error
 from infra.train_zoo.plan import AdapterPlan
@@ -116,7 +116,7 @@ def _with_lora(model: Any, plan: AdapterPlan) -> Any:
 
 
 def _tokens(tokenizer: Any, task: Task, rows: Sequence[Row]) -> list[tuple[list[int], list[int]]]:
-    """Prompt and answer are tokenised apart, as compress_jobs.evaluate does."""
+    """Prompt and answer are tokenised apart, as compress_jobs.quality.evaluate does."""
     prompts = tokenizer([task.prompt(x) for x, _ in rows]).input_ids
     answers = tokenizer([f" {y}\n" for _, y in rows]).input_ids
     return list(zip(prompts, answers, strict=True))

@@ -3,7 +3,7 @@
 An engine imports no Ray and no HTTP: it must run on a machine that has only torch and its own library.
 
 A **home** is what has to be resident for an adapter to be answered: its cluster, or, for a truncated or
-raw adapter, its own factors. Homes are named as in ``cluster.serving_map``: ``cluster:0``, ``factors:odd-one``.
+raw adapter, its own factors. Homes are named as in ``cluster.bundle.serving_map``: ``cluster:0``, ``factors:odd-one``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,125 @@
+"""The base model as the compressor sees it: its name, its identity, the linear layers an adapter may change.
+
+Only the config and the headers of the safetensors files are read, never the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.adapters.tensor_file import TensorPlace, read_header
+from cluster.bundle.manifest import ModuleShape, canonical_json
+from cluster.errors import BaseModelError, StoreMissing
+from cluster.store.protocol import Store, open_store
+
+# Written by whoever saved the files, without meaning for what the model computes.
+_VOLATILE_KEYS = ("_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "use_cache")
+# Two-dimensional weights that are no linear layer inside the model: tables of tokens and positions, and the
+# output head, which is often tied to one of them.
+_TABLES = ("embed_tokens", "embed_in", "embed_out", "word_embeddings", "wte", "wpe", "lm_head")
+# Architectures whose projections are stored transposed (transformers' Conv1D).
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
+_HUB_SNAPSHOT = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/[0-9a-f]+$")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """``accepted_names`` are those that an adapter's ``base_model_name_or_path`` may carry.
+
+    ``modules`` are the linear layers by full name. ``size_bytes`` is that of the weights as stored.
+    """
+
+    name: str
+    fingerprint: str
+    modules: dict[str, ModuleShape]
+    accepted_names: frozenset[str]
+    size_bytes: int
+
+
+def read_base(address: str, *, name: str | None = None, accept: Iterable[str] = ()) -> BaseModel:
+    """Read the base model in the folder ``address`` (``s3://bucket/prefix`` or a local path).
+
+    Its own name is ``name``, else the config's ``_name_or_path``, else the hub's name when the folder lies
+    in a hub cache, else the folder's name; ``accept`` are further names adapters may call it by.
+    Raises BaseModelError when the folder holds no usable model, StoreError when it cannot be read.
+    """
+    store = open_store(address)
+    config = _read_config(store)
+    tensors, size_bytes = _read_headers(store)
+    if config.get("model_type") in _TRANSPOSED:
+        raise BaseModelError(
+            f"base model {address}: model_type {config['model_type']!r} stores its projections transposed, "
+            "which adapters of this project cannot stand on; use a base whose projections are linear layers"
+        )
+    modules = {
+        tensor.removesuffix(".weight"): ModuleShape(*place.shape)
+        for tensor, place in sorted(tensors.items(), key=lambda item: _model_order(item[0]))
+        if tensor.endswith(".weight") and len(place.shape) == 2 and tensor.split(".")[-2] not in _TABLES
+    }
+    if not modules:
+        raise BaseModelError(f"base model {address}: no linear layer in its safetensors files")
+    own_name = name or _own_name(store.uri, config)
+    return BaseModel(
+        name=own_name,
+        fingerprint=_fingerprint(config, tensors),
+        modules=modules,
+        accepted_names=frozenset([own_name, *accept]),
+        size_bytes=size_bytes,
+    )
+
+
+def _read_config(store: Store) -> dict[str, Any]:
+    try:
+        # Some configs hold Infinity (Mamba's time_step_limit), which canonical JSON does not.
+        config = json.loads(store.read("config.json").data, parse_constant=str)
+    except StoreMissing as error:
+        raise BaseModelError(
+            f"base model {store.uri}: no config.json there ({error}); expected a folder that transformers loads"
+        ) from None
+    except (ValueError, RecursionError):
+        raise BaseModelError(f"base model {store.uri}: config.json is not JSON; download the model again") from None
+    if not isinstance(config, dict):
+        raise BaseModelError(f"base model {store.uri}: config.json is not a JSON object; download the model again")
+    return config
+
+
+def _read_headers(store: Store) -> tuple[dict[str, TensorPlace], int]:
+    tensors: dict[str, TensorPlace] = {}
+    size_bytes = 0
+    for entry in store.list():
+        # Only at the top: sub-folders hold other things (original checkpoints, adapters).
+        if entry.key.endswith(".safetensors") and "/" not in entry.key and not entry.key.startswith("adapter_"):
+            try:
+                tensors |= read_header(store, entry.key)
+            except ValueError as error:
+                raise BaseModelError(f"base model {store.uri}/{entry.key}: {error}; download it again") from None
+            size_bytes += entry.size_bytes
+    if not tensors:
+        raise BaseModelError(f"base model {store.uri}: no .safetensors file there; convert the weights to safetensors")
+    return tensors, size_bytes
+
+
+def _fingerprint(config: dict[str, Any], tensors: dict[str, TensorPlace]) -> str:
+    # Not the offsets: how the tensors are sharded and ordered says nothing about the model.
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE_KEYS}
+    headers = {tensor: [place.dtype, list(place.shape)] for tensor, place in tensors.items()}
+    return "sha256:" + hashlib.sha256(canonical_json([kept, headers])).hexdigest()
+
+
+def _model_order(tensor: str) -> list[tuple[int, str]]:
+    # Layer 2 before layer 10.
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in tensor.split(".")]
+
+
+def _own_name(uri: str, config: dict[str, Any]) -> str:
+    recorded = config.get("_name_or_path")
+    if isinstance(recorded, str) and recorded and not recorded.startswith(("/", ".")):
+        return recorded
+    if snapshot := _HUB_SNAPSHOT.search(uri):
+        return f"{snapshot['org']}/{snapshot['name']}"
+    return uri.rsplit("/", 1)[-1]

@@ -1,0 +1,1 @@
+"""What the job publishes and the application reads: manifest, objects, serving map."""

@@ -1,0 +1,1 @@
+"""Object stores: one small interface over S3 and a folder."""

@@ -1,0 +1,137 @@
+"""The Ray side of the job: thin remote shells around its steps, and a bounded number of them in flight."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+import torch
+
+from cluster.errors import ConfigError, CtsError, StoreUnreachable
+from compress_jobs.job import assemble
+from compress_jobs.job import cluster as cluster_adapters
+from compress_jobs.job import fit as fit_layer
+from compress_jobs.job import inspect as inspect_adapter
+from compress_jobs.job.options import RunOptions
+
+# A lost worker is tried again, and so is a store that stayed away; wrong input never is.
+_RETRIES = {"max_retries": 3, "retry_exceptions": [StoreUnreachable]}
+
+_STOP_PERIOD_S, _STOP_ATTEMPTS = 3, 3
+
+
+def _remote(step: Any) -> Any:
+    """The step as a Ray task on one CPU. One thread: the same bytes on every machine of a kind, and tasks
+    that share a node do not fight for its cores."""
+
+    def run(*arguments: Any) -> Any:
+        torch.set_num_threads(1)
+        return step(*arguments)
+
+    run.__name__ = run.__qualname__ = step.__name__
+    return ray.remote(num_cpus=1, **_RETRIES)(run)
+
+
+inspect_task = _remote(inspect_adapter.inspect_adapter)
+weigh_task = _remote(cluster_adapters.weigh)
+cluster_task = _remote(cluster_adapters.cluster_adapters)
+assemble_task = _remote(assemble.assemble_cluster)
+standalone_task = _remote(assemble.write_standalone)
+
+
+def fit_task(memory_bytes: int) -> Any:
+    """The fit of some layers, asking Ray for the memory it may take, and for a GPU where there is one.
+
+    Raises ConfigError when no node has that much: Ray would wait for one for ever.
+    """
+    largest = max((int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]), default=0)
+    if memory_bytes > largest:
+        raise ConfigError(
+            f"a fit task may take {memory_bytes >> 20} MiB, for it holds two layers of all adapters; the largest node "
+            f"of this Ray cluster offers {largest >> 20} MiB: add a larger node, or split the collection"
+        )
+    num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    return _fit_layers.options(memory=memory_bytes, num_gpus=num_gpus)
+
+
+_fit_layers = _remote(fit_layer.fit_layers)
+
+
+def connect(options: RunOptions) -> None:
+    """Join the Ray cluster that this runs on (``ray job submit`` names it in RAY_ADDRESS), or start one here."""
+    # Ray warns about this default on every start otherwise.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"RAY_ADDRESS is {address!r}, and no Ray cluster that can be joined is there ({error}); "
+                "unset it to start one on this machine, or submit the job to the Ray cluster"
+            ) from None
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=options.num_cpus or os.cpu_count() or 1,
+        include_dashboard=False,
+        object_store_memory=512 << 20,
+        log_to_driver=False,
+        logging_level="warning",
+    )
+
+
+def run_bounded(task: Any, calls: Sequence[tuple[Any, ...]], in_flight: int) -> Iterator[tuple[int, Any]]:
+    """Run ``task`` once for each tuple of arguments, at most ``in_flight`` at a time; yields (index, result)
+    as they end. Raises the step's own error, or CtsError when Ray lost the task for good; then, and when the caller
+    stops early, the tasks still running have been stopped: none writes a part after the job has tidied up."""
+    waiting = iter(enumerate(calls))
+    running: dict[Any, int] = {}
+    try:
+        while True:
+            while len(running) < in_flight and (call := next(waiting, None)) is not None:
+                running[task.remote(*call[1])] = call[0]
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1)
+            index = running.pop(done[0])
+            yield index, _result(done[0])
+    finally:
+        if running and ray.is_initialized():
+            _stop(list(running))
+
+
+def _stop(running: list[Any]) -> None:
+    """Ends tasks, and returns when they have ended. Cancelling raises KeyboardInterrupt in the worker, but not
+    surely: where a shell started the job in the background all its processes ignore interrupts, Python swallows one
+    that is raised in a callback, and a long call into C ends first. So they are asked again, and at last killed."""
+    for attempt in range(_STOP_ATTEMPTS + 1):
+        for reference in running:
+            ray.cancel(reference, force=attempt == _STOP_ATTEMPTS)
+        _, running = ray.wait(running, num_returns=len(running), timeout=_STOP_PERIOD_S)
+        if not running:
+            return
+
+
+def run_one(task: Any, *arguments: Any) -> Any:
+    return _result(task.remote(*arguments))
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, CtsError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise CtsError(
+            f"Ray lost a task and its retries ({type(error).__name__}): {error}; "
+            "look at the node's memory (`ray status`, `ray memory`) and run the job again"
+        ) from None
+
+
+def default_in_flight() -> int:
+    return max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))

@@ -1,0 +1,1 @@
+"""What changes a bundle that is published."""

@@ -1,0 +1,205 @@
+"""``compact``: bases fitted anew for the adapters that are served, when those that stand have drifted from them."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import math
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.adapters.reading import list_adapters
+from cluster.bundle.manifest import Adapter, Manifest
+from cluster.compression.methods import METHODS
+from cluster.errors import StoreMissing
+from cluster.store.protocol import open_store
+from compress_jobs.job.options import RunOptions
+from compress_jobs.lifecycle.revision import Standing, open_current
+from compress_jobs.lifecycle.source import need_known
+
+DEFAULT_LEVEL = 0.1
+_COMPACT = """\
+Fit the bundle's bases anew, by the method in its manifest, for the adapters that are served now, as the collection has
+them now: the same job as `run`, a new bundle. It does so when drift passes a level, and always with --without.
+
+  drift    the larger of two figures, both 0 right after a `run`:
+  alone    the share of truncated and raw adapters among all, less that share among those that were fitted
+           (adapters that the bundle's method keeps raw by wish do not count)
+  error    how much the added adapters raise the mean error of those on a basis: mean over fitted and added, divided by
+           mean over the fitted, less 1
+
+At or below the level it says so and does nothing. Folders of the collection that the current revision does not serve
+are left out (`add` them first), so that a removed adapter does not come back.
+
+--without ID leaves an adapter out and so proves its trace gone: the job never reads its folder, so that no basis, core,
+cluster or figure of the new bundle can depend on it. The former bundle keeps it until `gc` deletes that, and so does
+the collection until its folder is deleted.
+"""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """``alone`` and ``error`` as ``compact --help`` defines them, and what they are made of."""
+
+    num_adapters: int
+    num_alone: int
+    fitted_share_alone: float
+    num_added_on_basis: int
+    fitted_error: float
+    added_error: float
+    alone: float
+    error: float
+
+    @property
+    def figure(self) -> float:
+        return max(self.alone, self.error)
+
+    @staticmethod
+    def of(manifest: Manifest) -> Drift:
+        counted = [
+            adapter
+            for adapter_id, adapter in manifest.adapters.items()
+            if not any(fnmatch.fnmatchcase(adapter_id, pattern) for pattern in manifest.method.raw)
+        ]
+        fitted = [adapter for adapter in counted if adapter.added is None]
+        on_basis = [adapter for adapter in counted if adapter.mode == "core"]
+        fitted_error = _mean(adapter.error for adapter in on_basis if adapter.added is None)
+        added = [adapter.error for adapter in on_basis if adapter.added is not None]
+        now = _mean(adapter.error for adapter in on_basis)
+        rise = max(now / fitted_error - 1, 0.0) if fitted_error > 0 else (math.inf if added else 0.0)
+        share, fitted_share = _share_alone(counted), _share_alone(fitted)
+        return Drift(
+            num_adapters=len(counted),
+            num_alone=sum(adapter.mode != "core" for adapter in counted),
+            fitted_share_alone=fitted_share,
+            num_added_on_basis=len(added),
+            fitted_error=fitted_error,
+            added_error=_mean(added),
+            alone=max(share - fitted_share, 0.0),
+            error=rise,
+        )
+
+    def lines(self, level: float) -> list[str]:
+        return [
+            f"alone      {self.num_alone} of {self.num_adapters} adapters truncated or raw, "
+            f"{self.fitted_share_alone:.1%} of the fitted: {self.alone:+.3f}",
+            f"error      mean {self.fitted_error:.4f} of the fitted, {self.added_error:.4f} of "
+            f"{self.num_added_on_basis} added on a basis: {self.error:+.3f}",
+            f"drift      {self.figure:.3f}, level {level:g}",
+        ]
+
+
+def add_parser(commands: Any) -> None:
+    compact = commands.add_parser(
+        "compact",
+        help="fit the bases anew, when they have drifted or to leave adapters out",
+        description=_COMPACT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compact.add_argument("out", metavar="OUT", help="where the bundle is published")
+    compact.add_argument("--adapters", metavar="URI", required=True, help="the collection, as `run` was given it")
+    compact.add_argument("--base", metavar="URI", required=True, help="the base model's folder")
+    compact.add_argument("--without", metavar="ID", nargs="+", action="extend", default=[], help="leave these out")
+    compact.add_argument(
+        "--drift", metavar="LEVEL", type=float, default=DEFAULT_LEVEL, help=f"level (default: {DEFAULT_LEVEL:g})"
+    )
+    compact.add_argument("--accept-base", metavar="NAME", action="append", default=[], help="as for `run`")
+    compact.add_argument("--num-cpus", metavar="N", type=int, default=0, help="as for `run`")
+    compact.set_defaults(execute=_execute)
+
+
+def refit_options(
+    standing: Standing, adapters: str, base: str, without: Collection[str], accept_base: Collection[str], num_cpus: int
+) -> RunOptions:
+    """Options of the run that fits the current revision's adapters anew, less ``without``.
+
+    Raises ConfigError for an id to leave out that is neither served nor in the collection, and for served adapters that
+    the collection no longer has: they would be lost.
+    """
+    manifest, method = standing.manifest, standing.manifest.method
+    try:
+        folders = {files.adapter_id for files in list_adapters(open_store(adapters))}
+    except StoreMissing as error:
+        raise StoreMissing(f"--adapters: {error}") from None
+    need_known(without, folders | manifest.adapters.keys(), "--without", f"neither served nor in {adapters}")
+    kept = manifest.adapters.keys() - set(without)
+    need_known(kept, folders, "--adapters", f"served, but without a folder in {adapters}: `remove` them first")
+    left_out = (folders - manifest.adapters.keys() - manifest.refused.keys()) | (set(without) & folders)
+    chosen: dict[str, Any] = {
+        "clusters": method.clusters or 1,
+        "rank": method.rank,
+        "method": method.name,
+        # What the job chose itself it chooses anew, for the adapters there are now.
+        **dict.fromkeys(method.auto, "auto"),
+    }
+    if method.target_error is not None:
+        chosen["target_error"] = method.target_error
+    if method.isolation is not None:
+        chosen["isolate"] = method.isolation
+    return RunOptions(
+        adapters=adapters,
+        base=base,
+        out=standing.store.uri,
+        gate=method.gate,
+        # A pattern that only meant who is left out would be refused, and would be a trace.
+        raw=tuple(pattern for pattern in method.raw if fnmatch.filter(kept, pattern)),
+        seed=method.seed,
+        dtype=method.dtype,
+        base_name=manifest.base.name,
+        accept_base=tuple(accept_base),
+        without=tuple(sorted(left_out)),
+        num_cpus=num_cpus,
+        **chosen,
+    )
+
+
+def _execute(parsed: argparse.Namespace) -> int:
+    began, standing = time.monotonic(), open_current(parsed.out)
+    manifest = standing.manifest
+    if not parsed.without and manifest.method.name not in METHODS:
+        print(f"nothing    method {manifest.method.name} has no bases that could drift")
+        return 0
+    drift = Drift.of(manifest)
+    print("\n".join(drift.lines(parsed.drift)))
+    if not parsed.without and drift.figure <= parsed.drift:
+        print("nothing    drift is not above the level: the bases stay as they are")
+        return 0
+    options = refit_options(standing, parsed.adapters, parsed.base, parsed.without, parsed.accept_base, parsed.num_cpus)
+    # Here, for Ray is slow to import, and starts only where something is fitted.
+    from compress_jobs.job import run as job
+    from compress_jobs.job import tasks
+
+    prepared = job.prepare(options)
+    tasks.connect(options)
+    outcome = job.run(prepared)
+    if outcome.summary is None:
+        print(f"unchanged  {outcome.manifest.bundle} is what a refit gives; nothing was written")
+        return 0
+    print("\n".join(outcome.summary.lines(outcome.manifest)))
+    print("\n".join(_told(standing, options, parsed.without)))
+    print(f"took       {time.monotonic() - began:.1f} seconds")
+    print(f"bundle     {outcome.manifest.bundle} revision 0, published at {options.out}; a new deploy serves it")
+    return 0
+
+
+def _told(standing: Standing, options: RunOptions, without: Collection[str]) -> list[str]:
+    lines = []
+    if others := sorted(set(options.without) - set(without)):
+        lines.append(f"left out   {len(others)} folders that are not served, such as {others[0]}: `add` takes them up")
+    if without:
+        lines.append(
+            f"without    {' '.join(sorted(without))}: never read, so nothing of the new bundle depends on it; "
+            f"{standing.manifest.bundle} still does until `gc` deletes it (at once: --grace 0s --keep 1)"
+        )
+    return lines
+
+
+def _share_alone(adapters: Collection[Adapter]) -> float:
+    return sum(adapter.mode != "core" for adapter in adapters) / len(adapters) if adapters else 0.0
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return math.fsum(listed) / len(listed) if listed else 0.0

@@ -1,0 +1,89 @@
+"""``rollback``: CURRENT back to an earlier revision."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from cluster.bundle.manifest import Manifest
+from cluster.bundle.publish import missing_objects, move_current
+from cluster.bundle.reading import manifest_key, read_manifest
+from cluster.errors import BundleError, ConfigError, StoreConflict, StoreMissing
+from compress_jobs.lifecycle.revision import Standing, open_current
+
+_ROLLBACK = """\
+Move CURRENT to its revision's parent, or to the revision named, after checking that everything it needs is there.
+Nothing is deleted: `rollback --to` moves forward again, until `gc` deletes what is not kept.
+"""
+_TARGET = re.compile(r"(?:(?P<bundle>b-[0-9a-f]{16})/)?(?P<revision>0|[1-9][0-9]*)")
+
+
+def add_parser(commands: Any) -> None:
+    rollback = commands.add_parser(
+        "rollback",
+        help="point CURRENT back to an earlier revision",
+        description=_ROLLBACK,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    rollback.add_argument("out", metavar="OUT", help="where the bundle is published")
+    rollback.add_argument(
+        "--to", metavar="REVISION", help="number of a revision, or BUNDLE/NUMBER of another bundle's (default: parent)"
+    )
+    rollback.set_defaults(execute=_execute)
+
+
+def roll_back(out: str, to: str | None) -> list[str]:
+    """Returns what it did, in lines. Raises ConfigError where there is no such revision, BundleError where objects of
+    it are missing, PublishConflict when CURRENT has moved meanwhile; CURRENT is as it was then."""
+    standing = open_current(out)
+    now = standing.manifest
+    bundle, revision = _target(now, to)
+    target = _hold(standing, bundle, revision)
+    if missing := missing_objects(standing.store, target):
+        raise BundleError(
+            f"{out}: {len(missing)} objects of {bundle} revision {revision} are missing, such as {missing[0]}; "
+            "CURRENT was not moved: roll back to another revision, or `run` again"
+        )
+    move_current(standing.store, target, standing.seen_current)
+    back, gone = sorted(target.adapters.keys() - now.adapters.keys()), sorted(now.adapters.keys() - target.adapters)
+    lines = [f"served     {len(target.adapters)} adapters now, {len(now.adapters)} before"]
+    lines += [f"back       {' '.join(back)}"] if back else []
+    lines += [f"gone       {' '.join(gone)}"] if gone else []
+    return [*lines, f"bundle     {bundle} revision {revision} is current at {out} (before: {_name(now)})"]
+
+
+def _target(now: Manifest, to: str | None) -> tuple[str, int]:
+    if to is None:
+        if now.parent is None:
+            raise ConfigError(f"{_name(now)} has no parent to roll back to; name a revision by --to")
+        return now.bundle, now.parent
+    named = _TARGET.fullmatch(to)
+    if named is None:
+        raise ConfigError(f"--to {to}: expected the number of a revision, or <bundle>/<number>")
+    bundle, revision = named["bundle"] or now.bundle, int(named["revision"])
+    if (bundle, revision) == (now.bundle, now.revision):
+        raise ConfigError(f"--to {to}: that is the current revision")
+    return bundle, revision
+
+
+def _hold(standing: Standing, bundle: str, revision: int) -> Manifest:
+    """The manifest, written once more so that it is young: a gc that is running leaves it alone then."""
+    store, key = standing.store, manifest_key(bundle, revision)
+    try:
+        blob = store.read(key)
+        store.replace(key, blob.data, if_match=blob.etag)
+        return read_manifest(store, bundle, revision)
+    except (StoreMissing, StoreConflict):
+        raise ConfigError(
+            f"{store.uri}: no revision {revision} of bundle {bundle} there (any more); roll back to another one"
+        ) from None
+
+
+def _name(manifest: Manifest) -> str:
+    return f"{manifest.bundle} revision {manifest.revision}"
+
+
+def _execute(parsed: argparse.Namespace) -> int:
+    print("\n".join(roll_back(parsed.out, parsed.to)))
+    return 0

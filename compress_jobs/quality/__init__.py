@@ -1,0 +1,1 @@
+"""What compression costs: held-out questions, and estimates before anything is spent."""

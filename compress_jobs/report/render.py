@@ -1,0 +1,170 @@
+"""report.html: what a revision holds and what it lost, as one self-contained page.
+
+    python -m compress_jobs report s3://lora/bundle --to report.html
+
+Figures come from the manifest, and from report.json where it has them: revisions made by ``add`` and ``remove``, or by
+older builds, have less of it, and the page then has fewer sections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.bundle.manifest import Manifest
+from cluster.bundle.reading import Bundle, revision_key
+from cluster.errors import BundleError, ConfigError, StoreMissing
+from compress_jobs.report.facts import Notes, error_figure, served_error, verdict_on_svd
+from compress_jobs.report.page import Section, cards, count, error_text, page, paragraph, size_text, table
+
+SectionMaker = Callable[[Manifest, Notes], Section | None]
+
+
+def add_parser(commands: Any) -> None:
+    """The ``report`` command, among argparse's subparsers."""
+    parser = commands.add_parser(
+        "report",
+        help="write report.html: errors, clusters, bytes and what was refused, with figures",
+        description="Write a revision's report as one self-contained HTML file: no script, nothing from elsewhere.",
+    )
+    parser.add_argument("uri", help="the job's --out (its CURRENT revision), or <out>/bundles/<bundle_id>")
+    parser.add_argument("--to", metavar="FILE", type=Path, default=Path("report.html"), help="(default: report.html)")
+    parser.set_defaults(execute=_execute)
+
+
+def _execute(parsed: argparse.Namespace) -> int:
+    bundle = Bundle.open(parsed.uri)
+    document = render(bundle.manifest, read_notes(bundle))
+    try:
+        parsed.to.write_bytes(document.encode())
+    except OSError as error:
+        raise ConfigError(f"--to {parsed.to}: {error.strerror}; give a file that can be written") from None
+    print(f"wrote {parsed.to.resolve()}: bundle {bundle.manifest.bundle} revision {bundle.manifest.revision}")
+    return 0
+
+
+def read_notes(bundle: Bundle) -> dict[str, Any]:
+    """report.json beside the manifest, {} where there is none. Raises BundleError when it is not a JSON object."""
+    key = revision_key(bundle.manifest.bundle, bundle.manifest.revision, "report.json")
+    try:
+        notes = json.loads(bundle.store.read(key).data)
+    except StoreMissing:
+        return {}
+    except (ValueError, RecursionError) as error:
+        notes = str(error)
+    if not isinstance(notes, dict):
+        raise BundleError(
+            f"{bundle.store.uri}/{key} is not a JSON object; delete it to get the report that the manifest alone gives"
+        )
+    return notes
+
+
+def render(manifest: Manifest, report: Mapping[str, Any]) -> str:
+    """The page. The same content of ``manifest`` and ``report``, in whatever order of keys, gives the same text.
+
+    ``report`` is report.json, {} where there is none. A key that is missing or null leaves its section out; one of an
+    unexpected form is said on the page, for neither a run nor a reader should lose the rest by it. Raises nothing.
+    """
+    # Here, for matplotlib is slow to import and --help should not be.
+    from compress_jobs.report import costs as report_costs
+    from compress_jobs.report import errors as report_errors
+
+    makers: tuple[tuple[str, SectionMaker], ...] = (
+        ("What this is", _identity),
+        ("Error by adapter", report_errors.adapters),
+        ("Error by layer and module kind", report_errors.modules),
+        ("Clusters", report_errors.clusters),
+        ("Similarity", report_errors.similarity),
+        ("Trade-off", report_costs.trade_off),
+        ("Choices weighed", report_costs.choices),
+        ("Bytes", report_costs.sizes),
+        ("Grades", report_costs.grades),
+        ("Seconds", report_costs.seconds),
+    )
+    try:
+        top = _overview(manifest, report)
+    except _UNEXPECTED as error:
+        top = _overview(manifest, {}) + _left_out(error)
+    return page(
+        f"Compression report: {manifest.bundle} revision {manifest.revision}",
+        top,
+        [section for title, make in makers if (section := _attempt(title, make, manifest, report))],
+        "Made from the revision's manifest.json and report.json alone; the same files give the same page.",
+    )
+
+
+_UNEXPECTED = (ValueError, TypeError, KeyError, AttributeError, IndexError)
+
+
+def _attempt(title: str, make: SectionMaker, manifest: Manifest, report: Notes) -> Section | None:
+    try:
+        return make(manifest, report)
+    except _UNEXPECTED as error:
+        return Section(title.lower().replace(" ", "-"), title, _left_out(error))
+
+
+def _left_out(error: Exception) -> str:
+    seen = f"{type(error).__name__}: {error}"
+    return paragraph(f"Left out: report.json does not have the form expected here ({seen}).", "note")
+
+
+def _overview(manifest: Manifest, report: Notes) -> str:
+    method = manifest.method
+    modes = [adapter.mode for adapter in manifest.adapters.values()]
+    served, svd = served_error(manifest, report), error_figure(report, "svd_equal_bytes")
+    before, after = report.get("bytes_before"), manifest.resident_bytes()
+    how = ", ".join(
+        f"{modes.count(mode):,} {name}"
+        for mode, name in (("core", "on a basis"), ("truncated", "truncated"), ("raw", "raw"))
+    )
+    values = [("Adapters served", f"{len(modes):,}", f"{how}; {len(manifest.refused):,} refused")]
+    if before:
+        ratio, direction = (before / after, "fewer") if before >= after else (after / before, "more")
+        sizes = f"{size_text(before)} before, {size_text(after)} after"
+        values.append((f"Bytes, {direction} by a factor of", f"{ratio:.2f}", sizes))
+    else:
+        values.append(("Bytes resident", size_text(after), f"{after:,} bytes"))
+    for label, error in (("Mean error", served), ("Mean error, SVD at equal bytes", svd)):
+        if error:
+            values.append((label, error_text(error.mean), f"worst {error_text(error.worst)}: {error.worst_adapter}"))
+    groups = (
+        f"{count(len(manifest.clusters), 'cluster')} of rank {method.rank}"
+        if manifest.clusters
+        else f"rank {method.rank}"
+    )
+    verdict = verdict_on_svd(served, svd)
+    return (
+        "<h1>Compression report</h1>\n"
+        + paragraph(
+            f"{manifest.bundle}, revision {manifest.revision}: {method.name}, {groups}, for {manifest.base.name}",
+            "where",
+        )
+        + cards(values)
+        + (paragraph(verdict) if verdict else "")
+        + paragraph(
+            "Every error here is squared and weighted by energy: Σ‖M − M̂‖² / Σ‖M‖² over an adapter's modules, M being "
+            "the adapter's change of a module and M̂ what is served instead. 0 is lossless, 1 is as if there were no "
+            "adapter. It is not a loss on a task: compress_jobs evaluate measures that."
+        )
+    )
+
+
+def _identity(manifest: Manifest, report: Notes) -> Section:
+    method = manifest.method
+    rows = [
+        ("Bundle", f"{manifest.bundle} revision {manifest.revision}"),
+        ("Parent", "–" if manifest.parent is None else f"revision {manifest.parent}"),
+        ("Base model", f"{manifest.base.name} ({manifest.base.fingerprint[:19]}…)"),
+        ("Method", f"{method.name}, rank {method.rank}" + (f", {method.clusters} clusters" if method.clusters else "")),
+        ("Chosen by the job", ", ".join(method.auto) or "nothing: all as given"),
+        ("Target error", "–" if method.target_error is None else f"{method.target_error:g}"),
+        ("Gate", f"{method.gate:g}"),
+        ("Raw by wish", ", ".join(method.raw) or "–"),
+        ("Tenants", "never share a cluster" if method.isolation == "tenant" else "may share clusters"),
+        ("Stored as", f"{method.dtype}, seed {method.seed}"),
+        ("Modules", f"{len(manifest.modules):,}"),
+    ]
+    return Section("identity", "What this is", table("Bundle and options", ("", ""), rows))

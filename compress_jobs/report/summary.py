@@ -1,0 +1,108 @@
+"""What a run tells at its end, and leaves beside the revision as report.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.bundle.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class ErrorFigure:
+    """Mean and worst squared relative error over a set of adapters, and who is worst."""
+
+    mean: float
+    worst: float
+    worst_adapter: str
+
+    @staticmethod
+    def of(errors: Mapping[str, float]) -> ErrorFigure | None:
+        if not errors:
+            return None
+        worst = max(errors, key=lambda adapter_id: errors[adapter_id])
+        return ErrorFigure(sum(errors.values()) / len(errors), errors[worst], worst)
+
+    def is_clearly_below(self, other: ErrorFigure) -> bool:
+        """By more than a hundredth of the other's mean: less is not worth a claim."""
+        return self.mean < 0.99 * other.mean
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of one run. Errors: ``served`` as published, over the adapters that were fitted; ``on_basis`` the
+    same before the gate; ``clustering`` and ``random_split`` estimates on the sampled modules, for this clustering and
+    for a random balanced split of the same size; ``svd_equal_bytes`` for plain truncation with the bytes that those
+    adapters take in the bundle. ``module_errors``: module -> mean relative error on the bases. ``similarity``: mean
+    cosine within and across clusters. ``choices``: what the automatic choice weighed. ``tradeoff``: bytes of
+    resident tensors against mean error."""
+
+    bundle: str
+    num_adapters: int
+    num_on_basis: int
+    num_truncated: int
+    num_raw: int
+    num_refused: int
+    cluster_sizes: dict[str, int]
+    num_modules: int
+    bytes_before: int
+    bytes_after: int
+    served: ErrorFigure | None
+    on_basis: ErrorFigure | None
+    clustering: ErrorFigure | None
+    random_split: ErrorFigure | None
+    svd_equal_bytes: ErrorFigure | None
+    clustering_start: str
+    similarity: list[list[float]] | None
+    module_errors: dict[str, float]
+    target_error: float | None
+    choices: list[dict[str, Any]]
+    tradeoff: list[dict[str, Any]]
+    seconds: dict[str, float]
+    bytes_read: int
+    peak_task_memory_bytes: int
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+    def lines(self, manifest: Manifest) -> list[str]:
+        ratio = self.bytes_before / self.bytes_after
+        out = [
+            f"adapters   {self.num_adapters} served: {self.num_on_basis} on a basis, {self.num_truncated} truncated, "
+            f"{self.num_raw} raw; {self.num_refused} refused",
+            f"clusters   {len(self.cluster_sizes)} of rank {manifest.method.rank}, "
+            f"sizes {' '.join(map(str, self.cluster_sizes.values())) or '-'} ({manifest.method.name})",
+            f"modules    {self.num_modules}",
+            f"bytes      {self.bytes_before:,} before, {self.bytes_after:,} after ({ratio:.2f} times fewer)",
+            "error      squared, energy-weighted             mean    worst",
+        ]
+        rows = [("as served", self.served)]
+        if self.on_basis != self.served:
+            rows.append(("all on their basis (no gate)", self.on_basis))
+        rows += [
+            ("SVD at equal bytes", self.svd_equal_bytes),
+            ("on the sampled modules", self.clustering),
+            ("random balanced split, sampled", self.random_split),
+        ]
+        for name, figure in rows:
+            if figure is not None:
+                out.append(f"           {name:<34} {figure.mean:6.4f}   {figure.worst:6.4f}  {figure.worst_adapter}")
+        if self.random_split is not None and self.clustering is not None:
+            out.append(f"           {_verdict(self.clustering, self.random_split)}")
+        for mode in ("truncated", "raw"):
+            for adapter_id, adapter in sorted(manifest.adapters.items()):
+                if adapter.mode == mode:
+                    out.append(f"{mode:<10} {adapter_id}: rank {adapter.rank}, error {adapter.error:.4f}")
+        for adapter_id, refused in sorted(manifest.refused.items()):
+            out.append(f"refused    {adapter_id} ({refused.reason}): {refused.message}")
+        out.append("seconds    " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items()))
+        out.append(f"read       {self.bytes_read:,} bytes; largest task {self.peak_task_memory_bytes >> 20} MiB")
+        return out
+
+
+def _verdict(ours: ErrorFigure, at_random: ErrorFigure) -> str:
+    if ours.is_clearly_below(at_random):
+        return f"clustering lowers the error of a random split by {1 - ours.mean / at_random.mean:.1%}"
+    return "clustering is no better than a random split here: these adapters show no groups worth the name"

@@ -1,1 +1,0 @@
-"""Throughput and latency of serving many adapters: ours beside vLLM's own; ``python -m infra.bench_serving --help``."""

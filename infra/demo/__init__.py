@@ -1,0 +1,1 @@
+"""The main job in one go, on the adapters that this repository ships."""

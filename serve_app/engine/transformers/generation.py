@@ -1,0 +1,62 @@
+"""One request on its way through the engine: its tokens so far, its text, and whom to tell."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from cluster.bundle.serving_map import ServedAdapter
+from serve_app.engine.protocol import GenerationChunk, GenerationRequest
+from serve_app.engine.transformers.sampling import Sampling
+from serve_app.engine.transformers.text_stream import TextStream
+
+Answer = GenerationChunk | Exception
+
+
+class Generation:
+    """Touched by the engine's thread alone, but for ``cancelled``, which the request's owner sets."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        served: ServedAdapter | None,
+        prompt_ids: list[int],
+        max_tokens: int,
+        tokenizer: Any,
+        deliver: Callable[[Answer], None],
+    ) -> None:
+        self.request = request
+        self.home = served.home if served else None
+        self.slot = served.slot if served else 0
+        self.prompt_ids = prompt_ids
+        self.output_ids: list[int] = []
+        self.cancelled = False
+        self.deliver = deliver
+        seed = secrets.randbits(64) if request.seed is None else request.seed
+        self.sampling = Sampling(request.temperature, request.top_p, seed)
+        self._max_tokens = max_tokens
+        self._text = TextStream(tokenizer, request.stop, request.min_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether an end-of-sequence token may be drawn next."""
+        return len(self.output_ids) >= self.request.min_tokens
+
+    def accept(self, token: int, eos_ids: frozenset[int]) -> GenerationChunk:
+        """Take the next token. An end-of-sequence token that ends the answer counts, but has no text."""
+        self.output_ids.append(token)
+        text, finish_reason = "", None
+        if token in eos_ids and not self.request.ignore_eos:
+            text, finish_reason = self._text.finish(), "stop"
+        else:
+            text = self._text.push(token)
+            if not self._text.stopped and len(self.output_ids) == self._max_tokens:
+                text, finish_reason = text + self._text.finish(), "length"
+            if self._text.stopped:
+                finish_reason = "stop"
+        return GenerationChunk(text, (token,), len(self.prompt_ids), len(self.output_ids), finish_reason)

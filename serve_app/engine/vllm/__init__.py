@@ -1,0 +1,1 @@
+"""The engine for production: vLLM, with this project's plugin in it."""

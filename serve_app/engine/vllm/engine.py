@@ -1,0 +1,360 @@
+"""The vLLM engine: vLLM's own scheduler, cache and kernels, with this project's plugin in its LoRA layers.
+
+    request -> prompt read here -> vLLM's AsyncLLM, in which the adapter is a LoRA request that names its place
+            -> vLLM's own sampling and detokenizing -> chunks
+
+All homes are resident, so that no adapter is ever loaded for a request. What could end vLLM's process (a request
+for a home that is not there, more distinct adapters than it has slots for) is refused here, before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.bundle.reading import HomeWeights
+from cluster.bundle.serving_map import ServedAdapter, ServingMap
+from cluster.errors import BaseModelError, BundleError, ConfigError, EngineStopped, HomeUnavailable, RequestError
+from serve_app.engine.prompt import PromptReader
+from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationRequest
+from serve_app.engine.vllm.plugin import compatibility, parent
+from serve_app.engine.vllm.plugin.home_file import write_home
+from serve_app.engine.vllm.plugin.settings import PluginSettings, Products, slot_rank
+from serve_app.engine.vllm.plugin.token_index import write_path
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """``max_batch`` requests run at once; ``max_model_len`` bounds prompt and answer together, in tokens.
+
+    ``kv_bytes`` are for keys and values; None: what is left of a GPU. ``num_threads`` is for torch on
+    a CPU. ``products`` None: numba on a CPU in float32, grouped in what Numba has no numbers for, static on a GPU (see
+    ``serve_app.engine.vllm.plugin.settings``).
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    max_batch: int = 32
+    max_model_len: int = 2048
+    num_threads: int | None = None
+    kv_bytes: int | None = 1 << 30
+    tensor_parallel_size: int = 1
+    products: Products | None = None
+
+
+class VllmEngine:
+    """Implements ``serve_app.engine.protocol.Engine``. It starts once and belongs to one event loop.
+
+    ``load_home`` returns a home's verified weights on the CPU; it is called in a worker thread.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        serving_map: ServingMap,
+        homes: Sequence[str],
+        load_home: Callable[[str], HomeWeights],
+        settings: VllmSettings,
+    ) -> None:
+        self._base_path, self._serving_map, self._first_homes = base, serving_map, tuple(homes)
+        self._load_home, self._settings = load_home, settings
+        # vLLM knows LoRAs by a positive number; what a number stands for is in the request itself.
+        self._ids = {adapter: number for number, adapter in enumerate(sorted(serving_map.adapters), start=1)}
+        self._num_slots = serving_map.num_slots()
+        self._homes = dict.fromkeys(homes, "not loaded yet")
+        self._in_flight: Counter[str | None] = Counter()
+        self._left = asyncio.Condition()
+        self._request_numbers = itertools.count()
+        self._llm: Any = None
+        self._end: str | None = "it has not been started"
+
+    async def start(self) -> None:
+        """Raises ConfigError and BaseModelError when the base cannot be served; a home that fails is recorded."""
+        compatibility.check()
+        loaded = await asyncio.to_thread(self._load_first_homes)
+        try:
+            self._llm, tokenizer = await asyncio.to_thread(self._make_llm, loaded)
+        except (ConfigError, BaseModelError):
+            raise
+        except Exception as error:
+            raise BaseModelError(
+                f"base model {self._base_path}: vLLM did not start: {type(error).__name__}: {error}; "
+                "its own log says more"
+            ) from error
+        vocab_size = self._llm.model_config.get_vocab_size()
+        self._reader = PromptReader(tokenizer, vocab_size, self._settings.max_model_len)
+        self._end = None
+        for home, weights in loaded.items():
+            try:
+                await self._hand_over(home, weights)
+            except Exception as error:
+                logger.warning("home %s is unavailable: %s", home, error)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        served = None if request.adapter is None else self._serving_map.find(request.adapter)
+        home = served.home if served else None
+        self._check_available(home)
+        prompt_ids, max_tokens = await asyncio.to_thread(self._reader.read, request)
+        self._check_available(home)
+        self._in_flight[home] += 1
+        # A number of our own before the client's: two clients may use the same id.
+        request_id = f"{next(self._request_numbers)}-{request.request_id}"
+        outputs = self._llm.generate(
+            {"prompt_token_ids": prompt_ids},
+            self._sampling(request, max_tokens),
+            request_id,
+            lora_request=self._lora_request(served),
+        )
+        try:
+            async with contextlib.aclosing(outputs):
+                num_tokens = 0
+                async for output in outputs:
+                    answer = output.outputs[0]
+                    num_tokens += len(answer.token_ids)
+                    if answer.finish_reason not in (None, "stop", "length"):
+                        raise EngineStopped(f"the engine ended the request: {answer.finish_reason}")
+                    yield GenerationChunk(
+                        answer.text, tuple(answer.token_ids), len(prompt_ids), num_tokens, answer.finish_reason
+                    )
+        except Exception as error:
+            raise self._translated(error) from error
+        finally:
+            async with self._left:
+                self._in_flight[home] -= 1
+                self._left.notify_all()
+
+    async def attach(self, home: str) -> None:
+        self._check_alive()
+        if self._homes.get(home) == "ready":
+            return
+        self._homes[home] = "loading"
+        await self._hand_over(home, await asyncio.to_thread(self._load_checked, home))
+
+    async def detach(self, home: str) -> None:
+        self._check_alive()
+        self._homes[home] = "detached; requests already running on it finish first"
+        async with self._left:
+            # A request of a home that is gone would end vLLM's process at its next step.
+            await self._left.wait_for(lambda: self._in_flight[home] == 0)
+        await self._llm.collective_rpc("detach_home", args=(home,))
+        self._homes[home] = "detached"
+
+    def health(self) -> EngineHealth:
+        alive = self._end is None and not self._llm.errored
+        running = min(self._in_flight.total(), self._settings.max_batch)
+        return EngineHealth(alive, dict(self._homes), running, self._in_flight.total() - running)
+
+    async def stop(self) -> None:
+        """Requests still running or waiting get EngineStopped."""
+        if self._end is None:
+            self._end = "it was stopped"
+            await asyncio.to_thread(self._llm.shutdown)
+
+    async def resident_bytes(self) -> int:
+        """Bytes of all adapters, over all of the engine's devices."""
+        return sum(await self._llm.collective_rpc("resident_bytes"))
+
+    # Homes.
+
+    def _load_first_homes(self) -> dict[str, HomeWeights]:
+        loaded = {}
+        for home in self._first_homes:
+            try:
+                loaded[home] = self._load_checked(home)
+            except Exception as error:
+                logger.warning("home %s is unavailable: %s", home, error)
+        return loaded
+
+    def _load_checked(self, home: str) -> HomeWeights:
+        try:
+            weights = self._load_home(home)
+            for module, own in weights.items():
+                _check_weights(home, module, own, self._num_slots[home])
+        except Exception as error:
+            self._homes[home] = f"{type(error).__name__}: {error}"
+            raise
+        return weights
+
+    async def _hand_over(self, home: str, weights: HomeWeights) -> None:
+        """Into every worker. Raises what went wrong, with the same words in ``health``."""
+        try:
+            with tempfile.TemporaryDirectory(prefix="cts-home-") as folder:
+                await asyncio.to_thread(write_home, Path(folder), weights)
+                answers = await self._llm.collective_rpc("attach_home", args=(home, folder))
+            if failures := [answer for answer in answers if answer is not None]:
+                await self._llm.collective_rpc("detach_home", args=(home,))
+                raise BundleError(failures[0])
+        except Exception as error:
+            self._homes[home] = f"{type(error).__name__}: {error}"
+            raise
+        self._homes[home] = "ready"
+
+    # vLLM.
+
+    def _make_llm(self, loaded: Mapping[str, HomeWeights]) -> tuple[Any, Any]:
+        settings = self._settings
+        shared = base_options(self._base_path, settings)
+        parent.announce()
+        from transformers import AutoTokenizer
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        if not self._base_path.is_dir():
+            raise BaseModelError(f"base model {self._base_path}: no such folder; expected one that transformers loads")
+        options: dict[str, Any] = {}
+        if loaded:
+            plugin = self._plugin_settings(loaded)
+            options = {
+                "enable_lora": True,
+                # Of distinct adapters in a batch, which is no limit of ours.
+                "max_loras": settings.max_batch,
+                # vLLM starts only where its cache has room for all LoRA slots, of which we make our own number.
+                "max_cpu_loras": max(settings.max_batch, plugin.num_factor_slots + 1),
+                "max_lora_rank": slot_rank(_largest_rank(loaded, "factors:")),
+                "lora_target_modules": sorted({name.rpartition(".")[2] for own in loaded.values() for name in own}),
+                "additional_config": plugin.to_config(),
+                "worker_extension_cls": "serve_app.engine.vllm.plugin.worker.HomeWorker",
+            }
+        tokenizer = AutoTokenizer.from_pretrained(self._base_path, local_files_only=True, trust_remote_code=False)
+        args = AsyncEngineArgs(**shared, **options)
+        return AsyncLLM.from_engine_args(args), tokenizer
+
+    def _plugin_settings(self, loaded: Mapping[str, HomeWeights]) -> PluginSettings:
+        """Room for every home the engine was given, those that failed to load included."""
+        clusters = [home for home in self._first_homes if home.startswith("cluster:")]
+        diagonal = {
+            own.cores.dim() == 2 for weights in loaded.values() for own in weights.values() if own.cores is not None
+        }
+        if len(diagonal) > 1:
+            raise ConfigError(
+                "engine vllm: clusters with diagonal and with full cores in one replica are not supported; set "
+                "placement.clusters_per_group to 1, or engine to transformers"
+            )
+        by_device: Products = "static"
+        if self._settings.device == "cpu":
+            by_device = "numba" if self._settings.dtype == "float32" else "grouped"
+        return PluginSettings(
+            num_clusters=len(clusters),
+            slots_per_cluster=max((self._num_slots[home] for home in clusters), default=0),
+            rank=_largest_rank(loaded, "cluster:"),
+            num_factor_slots=len(self._first_homes) - len(clusters),
+            is_diagonal=diagonal == {True},
+            products=self._settings.products or by_device,
+        )
+
+    def _lora_request(self, served: ServedAdapter | None) -> Any:
+        if served is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        # The served revision is in the name, which is part of the prefix cache's key: what was computed by one
+        # revision of an adapter is never reused by another.
+        return LoRARequest(
+            lora_name=f"{served.adapter_id}@{served.served}",
+            lora_int_id=self._ids[served.adapter_id],
+            lora_path=write_path(served.home, served.slot),
+        )
+
+    @staticmethod
+    def _sampling(request: GenerationRequest, max_tokens: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            # vLLM's seeds are signed 64-bit numbers.
+            seed=None if request.seed is None else request.seed & (2**63 - 1),
+            stop=list(request.stop) or None,
+            min_tokens=request.min_tokens,
+            max_tokens=max_tokens,
+            ignore_eos=request.ignore_eos,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    def _check_alive(self) -> None:
+        if self._end is None and self._llm.errored:
+            self._end = "vLLM's process ended; its log says why"
+        if self._end is not None:
+            raise EngineStopped(f"the engine is not running: {self._end}")
+
+    def _check_available(self, home: str | None) -> None:
+        self._check_alive()
+        state = "ready" if home is None else self._homes.get(home, "not given to this engine")
+        if state != "ready":
+            raise HomeUnavailable(f"home {home!r} is not being served: {state}")
+
+    def _translated(self, error: Exception) -> Exception:
+        if isinstance(error, EngineStopped):
+            return error
+        if self._end is not None or self._llm.errored:
+            return EngineStopped(f"the engine is not running: {self._end or 'vLLM ended; its log says why'}")
+        if isinstance(error, ValueError):
+            return RequestError(str(error), None)
+        return EngineStopped(f"vLLM: {type(error).__name__}: {error}")
+
+
+def base_options(base: Path, settings: VllmSettings) -> dict[str, Any]:
+    """vLLM's own arguments for ``base`` alone; the adapters' come on top. Sets the environment of this process and of
+    those that vLLM starts: before vLLM is imported, which reads it then."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    options: dict[str, Any] = {}
+    if settings.device == "cpu":
+        # Replicas share a machine: bound threads would all sit on the first cores.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if settings.num_threads is not None:
+            os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
+        options = {"enforce_eager": True}
+        if settings.tensor_parallel_size == 1:
+            # The worker within vLLM's engine process. On CPUs it is a process of its own otherwise, for which that one
+            # waits by spinning: on a core that the products need. By name: vLLM turns plain "uni" back.
+            options["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+    if settings.kv_bytes is not None:
+        options["kv_cache_memory_bytes"] = settings.kv_bytes
+    return options | {
+        "model": str(base),
+        "load_format": "safetensors",
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_batch,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enable_prefix_caching": True,
+        "trust_remote_code": False,
+        "generation_config": "vllm",  # sampling is what the request says, no file's defaults
+        "disable_log_stats": True,
+    }
+
+
+def _check_weights(home: str, module: str, own: Any, num_slots: int) -> None:
+    if own.cores is not None and own.cores.shape[0] < num_slots:
+        raise BundleError(
+            f"home {home!r}: {own.cores.shape[0]} cores at module {module!r}, the serving map has {num_slots} slots"
+        )
+    for part, tensor in (("U", own.U), ("V", own.V), ("cores", own.cores)):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            # vLLM samples from whatever comes out; nothing behind this check would notice.
+            raise BundleError(f"home {home!r}: {part} of module {module!r} is not finite; compress it anew")
+
+
+def _largest_rank(loaded: Mapping[str, HomeWeights], kind: str) -> int:
+    ranks = [
+        max(own.U.shape[1], own.V.shape[1])
+        for home, weights in loaded.items()
+        if home.startswith(kind)
+        for own in weights.values()
+    ]
+    return max(ranks, default=1)

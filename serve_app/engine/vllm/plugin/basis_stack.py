@@ -1,0 +1,165 @@
+"""One adapted layer's bases and cores, stacked at fixed addresses, and what they add to the layer's output.
+
+Shapes: T tokens, C basis positions, R the largest rank, n slices of a packed layer (q, k and v of one product: 3;
+else 1), S = C x slots_per_cluster + 1 cores, the last of them always zero. Smaller ranks are filled up with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from cluster.layer import ModuleWeights
+from serve_app.engine.vllm.plugin.settings import PluginSettings
+from serve_app.engine.vllm.plugin.token_index import Groups, SortedTokens, Tasks, TokenIndex
+
+
+class BasisStack:
+    """``V`` (C + 1, 1, n R, d_in) holds the slices' V^T on top of each other, so that all of a packed layer's are
+    one product; ``U[i]`` (C + 1, 1, d_out_i, R); ``cores`` (S, n, R, R), or (S, n, R) where diagonal. The extra
+    position C is always zero: vLLM's CPU kernels take index -1 for the last one. All are written in place, and stay
+    where they are.
+    """
+
+    def __init__(
+        self, settings: PluginSettings, d_in: int, d_outs: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        C, n, R = settings.num_clusters, len(d_outs), settings.rank
+        if settings.products == "numba":
+            from serve_app.engine.vllm.plugin.cpu_kernel import UNROLLED, add_tasks  # Numba comes with vLLM
+
+            R = -(-R // UNROLLED) * UNROLLED
+        self.settings, self.d_in, self.d_outs, self.num_slices, self.rank = settings, d_in, tuple(d_outs), n, R
+        self.V = torch.zeros(C + 1, 1, n * R, d_in, dtype=dtype, device=device)
+        core_shape = (R,) if settings.is_diagonal else (R, R)
+        self.cores = torch.zeros(C * settings.slots_per_cluster + 1, n, *core_shape, dtype=dtype, device=device)
+        if settings.products == "numba":
+            # The slices' U^T side by side: the kernel runs along the output's columns.
+            U_T = torch.zeros(C + 1, R, sum(d_outs), dtype=dtype, device=device)
+            self.U = tuple(part.transpose(1, 2).unsqueeze(1) for part in U_T.split_with_sizes(self.d_outs, dim=2))
+            ends = np.cumsum([0, *d_outs])
+            self._arrays, self._add_tasks = (self.V.numpy(), U_T.numpy(), ends, self.cores.numpy()), add_tasks
+            # Without a token: compiled now, seconds once a process, and not under the first request.
+            nobody = Tasks.make(np.zeros(C, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
+            self._add_numba(self.V.new_zeros(0, sum(d_outs)), self.V.new_zeros(0, d_in), nobody)
+        else:
+            self.U = tuple(torch.zeros(C + 1, 1, d_out, R, dtype=dtype, device=device) for d_out in d_outs)
+            self._V_T = [self.V[position, 0].T for position in range(C)]
+            self._U_T = [[U[position, 0].T for position in range(C)] for U in self.U]
+
+    def put(self, position: int, slices: Sequence[ModuleWeights | None]) -> None:
+        """Write a cluster's weights, one entry a slice (None: that slice's module is not touched), or an adapter's own,
+        which have no cores: one core then, the identity."""
+        self.clear(position)
+        start = position * self.settings.slots_per_cluster
+        for i, weights in enumerate(slices):
+            if weights is None:
+                continue
+            r_U, r_V = weights.U.shape[1], weights.V.shape[1]
+            cores = weights.cores
+            if cores is None:
+                cores = torch.ones(1, r_U) if self.settings.is_diagonal else torch.eye(r_U)[None]
+            self.V[position, 0, i * self.rank : i * self.rank + r_V].copy_(weights.V.T)
+            self.U[i][position, 0, :, :r_U].copy_(weights.U)
+            own = self.cores[start : start + len(cores), i]
+            (own[:, :r_U] if self.settings.is_diagonal else own[:, :r_U, :r_V]).copy_(cores)
+
+    def clear(self, position: int) -> None:
+        start = position * self.settings.slots_per_cluster
+        self.V[position].zero_()
+        self.cores[start : start + self.settings.slots_per_cluster].zero_()
+        for U in self.U:
+            U[position].zero_()
+
+    def add_sorted(self, out: Tensor, x: Tensor, tokens: SortedTokens) -> None:
+        """Semantics, for each of the tokens t (its position c, its core s) and slice i:
+
+            out_i[t] += U_i[c] S_i[s] V_i[c]^T x[t]
+
+        out (T, sum of d_out_i) is changed in place; x (T, d_in); both of the stack's dtype. A token meets its own basis
+        only.
+        """
+        if isinstance(tokens, Tasks):
+            self._add_numba(out, x, tokens)
+        else:
+            self._add_grouped(out, x, tokens)
+
+    def _add_grouped(self, out: Tensor, x: Tensor, tokens: Groups) -> None:
+        if tokens.rows is None:
+            position = tokens.positions[0]
+            mixed = self._mix(torch.mm(x, self._V_T[position]), tokens.slots)
+            add_slices(out, [(mixed[:, i], U[position, 0]) for i, U in enumerate(self.U)])
+        else:
+            mixed = self._mix(self._shrink_each(x.index_select(0, tokens.rows), tokens), tokens.slots)
+            out.index_add_(0, tokens.rows, self._expand_each(mixed, tokens))
+
+    def _shrink_each(self, rows: Tensor, tokens: Groups) -> Tensor:
+        h = rows.new_empty(len(rows), self.num_slices * self.rank)
+        parts = zip(
+            tokens.positions, rows.split_with_sizes(tokens.sizes), h.split_with_sizes(tokens.sizes), strict=True
+        )
+        for position, own, target in parts:
+            torch.mm(own, self._V_T[position], out=target)
+        return h
+
+    def _expand_each(self, mixed: Tensor, tokens: Groups) -> Tensor:
+        delta = mixed.new_empty(len(mixed), sum(self.d_outs))
+        for i, columns in enumerate(delta.split_with_sizes(self.d_outs, dim=1)):
+            parts = zip(
+                tokens.positions,
+                mixed[:, i].split_with_sizes(tokens.sizes),
+                columns.split_with_sizes(tokens.sizes),
+                strict=True,
+            )
+            for position, own, target in parts:
+                torch.mm(own, self._U_T[i][position], out=target)
+        return delta
+
+    def _add_numba(self, out: Tensor, x: Tensor, tasks: Tasks) -> None:
+        if len(x) < tasks.num_tokens:  # the kernel looks at no bounds
+            raise IndexError(f"{len(x)} tokens came with the index of a step of {tasks.num_tokens}")
+        V, U_T, ends, cores = self._arrays
+        self._add_tasks(
+            out.numpy(), x.contiguous().numpy(), V, U_T, ends, cores, tasks.positions, tasks.starts, tasks.rows,
+            tasks.slots,
+        )  # fmt: skip
+
+    def add_static(self, out: Tensor, x: Tensor, core_slots: Tensor, kernels: Any) -> None:
+        """The same for all tokens at once, by their core (T,), without a look at the batch's content. With several
+        bases vLLM's own shrink and expand kernels pick each token's, by the metadata in ``kernels``."""
+        if self.settings.num_clusters == 1:
+            mixed = self._mix(linear(x, self.V[0, 0]), core_slots)
+            add_slices(out, [(mixed[:, i], self.U[i][0, 0]) for i in range(self.num_slices)])
+            return
+        shrunk = torch.zeros(1, x.shape[0], self.num_slices * self.rank, dtype=torch.float32, device=x.device)
+        kernels.add_shrink(shrunk, x, (self.V,), 1.0)
+        mixed = self._mix(shrunk[0].to(x.dtype), core_slots)
+        kernels.add_expand(out, mixed.transpose(0, 1).float().contiguous(), self.U, self.d_outs, add_inputs=True)
+
+    def add_triton(self, out: Tensor, x: Tensor, index: TokenIndex) -> None:
+        """The same by this project's kernels."""
+        from serve_app.engine.vllm.plugin.triton_kernel import add_sorted  # there is no Triton beside torch's CPU build
+
+        add_sorted(out, x, self.V, self.U, self.cores, index.order, index.starts, index.core_slots)
+
+    def _mix(self, h: Tensor, slots: Tensor) -> Tensor:
+        """(T, n R) through the cores of ``slots`` (T,): (T, n, R)."""
+        h = h.view(-1, self.num_slices, self.rank)
+        cores = self.cores.index_select(0, slots)
+        if self.settings.is_diagonal:
+            return h * cores
+        return torch.matmul(cores, h.unsqueeze(-1)).squeeze(-1)
+
+
+def add_slices(out: Tensor, slices: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Semantics: out[:, columns of slice i] += h_i U_i^T for each (h_i (T, R), U_i (d_out_i, R)); out is changed in
+    place."""
+    start = 0
+    for h, U in slices:
+        out[:, start : start + U.shape[0]].addmm_(h, U.T)
+        start += U.shape[0]

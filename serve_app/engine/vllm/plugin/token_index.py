@@ -1,0 +1,171 @@
+"""Whose the tokens of a step are: LoRA ids in, places in the stacks out.
+
+Host work of a step is O(tokens + distinct adapters in the batch), whatever the number of adapters that could be
+asked for: an adapter that nobody asks for exists here not at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serve_app.engine.vllm.plugin.settings import PluginSettings
+
+MAX_TASK_TOKENS = 8
+"""Few enough for several threads where all tokens are on one basis, which is read once a task."""
+
+_PLACE = re.compile(r"cts:/(?P<home>.+)#(?P<slot>[0-9]+)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter's weights are: ``position`` is its basis in the stacks, ``slot`` its core there; a truncated
+    or raw adapter has no basis (None) but a ``slot`` of its own."""
+
+    position: int | None
+    slot: int
+
+
+def write_path(home: str, slot: int) -> str:
+    """What a request carries as its ``lora_path``: of a LoRARequest only vLLM's own fields survive the wire."""
+    return f"cts:/{home}#{slot}"
+
+
+def read_path(path: str) -> tuple[str, int]:
+    match = _PLACE.fullmatch(path)
+    if match is None:
+        raise ValueError(f"LoRA path {path!r} was not written by this project's engine")
+    return match["home"], int(match["slot"])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A step's tokens on bases (``grouped`` products), those of one basis next to each other: ``sizes[k]`` of them on
+    ``positions[k]``.
+
+    ``rows`` (T_b,) int64 are their rows in the step, None where they are all of it, as they stand; ``slots`` (T_b,)
+    int64 their flat core indices (position x slots_per_cluster + slot), in the same order.
+    """
+
+    positions: tuple[int, ...]
+    sizes: tuple[int, ...]
+    rows: Tensor | None
+    slots: Tensor
+
+    @classmethod
+    def make(cls, sizes: np.ndarray, rows: np.ndarray, slots: np.ndarray, num_tokens: int) -> Groups:
+        """``sizes`` (C,): how many of the tokens, which are in the order of their bases, each basis has."""
+        present = np.flatnonzero(sizes)
+        in_place = len(present) == 1 and len(rows) == num_tokens
+        return cls(
+            tuple(present.tolist()),
+            tuple(sizes[present].tolist()),
+            None if in_place else torch.from_numpy(rows),
+            torch.from_numpy(slots),
+        )
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The same for ``numba`` products, in tasks of MAX_TASK_TOKENS at most, all int64: task k has the basis
+    ``positions[k]`` and the tokens ``starts[k]`` to ``starts[k + 1]`` of ``rows`` and ``slots`` (both (T_b,)).
+    ``num_tokens`` are the step's: rows are below it."""
+
+    positions: np.ndarray
+    starts: np.ndarray
+    rows: np.ndarray
+    slots: np.ndarray
+    num_tokens: int
+
+    @classmethod
+    def make(cls, sizes: np.ndarray, rows: np.ndarray, slots: np.ndarray, num_tokens: int) -> Tasks:
+        """``sizes`` (C,): how many of the tokens, which are in the order of their bases, each basis has."""
+        pieces = -(-sizes // MAX_TASK_TOKENS)
+        positions = np.repeat(np.arange(len(sizes)), pieces)
+        number = np.arange(len(positions)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        firsts = (np.cumsum(sizes) - sizes)[positions] + number * MAX_TASK_TOKENS
+        return cls(positions, np.append(firsts, len(rows)), rows, slots, num_tokens)
+
+
+SortedTokens = Groups | Tasks
+
+
+@dataclass
+class TokenIndex:
+    """The current step's, written by ``set`` between two forward passes and read by every layer.
+
+    ``on_bases`` and ``on_factors`` (``grouped`` and ``numba`` products): the tokens on clusters' bases, and those of
+    truncated and raw adapters, each of which counts as a basis with one core; None where there are none.
+    ``core_slots`` (max_tokens,) int64: each row's flat core index (``static`` and ``triton`` products). ``order``
+    (max_tokens,) int32 and ``starts`` (C + 1,) int32, of ``triton``: rows in the order of their bases; those of basis c
+    stand at starts[c] <= k < starts[c + 1], rows without a basis and padding nowhere. All at fixed addresses.
+
+    Padded tokens read the buffers too, and so does a captured graph's warm-up: each entry is always a valid slot;
+    those without an adapter stand on the last one, which is always zero.
+    """
+
+    settings: PluginSettings
+    max_tokens: int
+    device: torch.device
+    on_bases: SortedTokens | None = None
+    on_factors: SortedTokens | None = None
+
+    def __post_init__(self) -> None:
+        self.zero_slot = self.settings.num_clusters * self.settings.slots_per_cluster
+        self.core_slots = torch.full((self.max_tokens,), self.zero_slot, dtype=torch.int64, device=self.device)
+        self.order = torch.zeros(self.max_tokens, dtype=torch.int32, device=self.device)
+        self.starts = torch.zeros(self.settings.num_clusters + 1, dtype=torch.int32, device=self.device)
+
+    def set(self, ids: Sequence[int], places: Mapping[int, Place]) -> tuple[int, ...]:
+        """``ids``: each token's LoRA id, 0 for the base. Returns each token's basis position + 1, 0 without one."""
+        unique, inverse = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+        found = [places[int(lora_id)] if lora_id > 0 else None for lora_id in unique]
+        slots = np.array([self._flat(place) for place in found], dtype=np.int64)
+        positions = np.array([_position(place) for place in found], dtype=np.int64)
+        by_token = positions[inverse]
+        if self.settings.is_static:
+            self.core_slots.fill_(self.zero_slot)
+            self.core_slots[: len(inverse)].copy_(torch.from_numpy(slots[inverse]))
+        else:
+            factors = np.array([_factor_slot(place) for place in found], dtype=np.int64)[inverse]
+            self.on_bases = self._sorted(by_token, slots[inverse], self.settings.num_clusters)
+            self.on_factors = self._sorted(factors, factors, self.settings.num_factor_slots)
+        if self.settings.products == "triton":
+            order, starts = _sort(by_token, self.settings.num_clusters)
+            self.order[: len(order)].copy_(torch.from_numpy(order))
+            self.starts.copy_(torch.from_numpy(starts))
+        return tuple((by_token + 1).tolist())
+
+    def _sorted(self, positions: np.ndarray, slots: np.ndarray, num_bases: int) -> SortedTokens | None:
+        """``positions`` (T,) on one of the bases, -1 for none; ``slots`` (T,) their cores."""
+        order, starts = _sort(positions, num_bases)
+        rows, sizes = order[starts[0] :], np.diff(starts)
+        if not len(rows):
+            return None
+        kind = Tasks if self.settings.products == "numba" else Groups
+        return kind.make(sizes, rows, slots[rows], len(positions))
+
+    def _flat(self, place: Place | None) -> int:
+        if place is None or place.position is None:
+            return self.zero_slot
+        return place.position * self.settings.slots_per_cluster + place.slot
+
+
+def _position(place: Place | None) -> int:
+    return -1 if place is None or place.position is None else place.position
+
+
+def _factor_slot(place: Place | None) -> int:
+    return -1 if place is None or place.position is not None else place.slot
+
+
+def _sort(positions: np.ndarray, num_bases: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens in the order of their bases, those without one first: basis c has ``order[starts[c]:starts[c + 1]]``."""
+    # Stable, so that tokens that are all on one basis stay as they stand.
+    order = np.argsort(positions, kind="stable")
+    return order, np.searchsorted(positions[order], np.arange(num_bases + 1))

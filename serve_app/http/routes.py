@@ -1,0 +1,92 @@
+"""The HTTP routes of the application, and errors in OpenAI's shape for whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from ray import serve
+from starlette.exceptions import HTTPException
+
+from cluster.errors import CtsError
+from serve_app.openai.errors import ApiError, as_api_error, internal_error
+from serve_app.openai.requests import ChatRequest, CompletionRequest, parse_request
+from serve_app.routing.router import Router, as_json
+
+logger = logging.getLogger("ray.serve")
+
+
+def make_api() -> FastAPI:
+    """Called in the router's replica; the routes ask the Router object that lives there."""
+    api = FastAPI(title="compress-then-serve", docs_url=None, redoc_url=None, openapi_url=None)
+    api.post("/v1/completions")(completions)
+    api.post("/v1/chat/completions")(chat_completions)
+    api.get("/v1/models")(list_models)
+    api.get("/v1/models/{model_id:path}")(retrieve_model)
+    api.get("/health")(health)
+    api.get("/ready")(ready)
+    for kind in (CtsError, TimeoutError):
+        api.exception_handler(kind)(answer_error)
+    api.exception_handler(HTTPException)(answer_http_error)
+    api.exception_handler(Exception)(answer_unexpected)
+    return api
+
+
+def router() -> Router:
+    found = serve.get_replica_context().servable_object
+    assert isinstance(found, Router)
+    return found
+
+
+# Bodies are parsed here, not by FastAPI: its own errors have another status and another shape.
+async def completions(request: Request) -> Response:
+    return await router().answer(parse_request(CompletionRequest, await request.body()))
+
+
+async def chat_completions(request: Request) -> Response:
+    return await router().answer(parse_request(ChatRequest, await request.body()))
+
+
+async def list_models(request: Request) -> Response:
+    return as_json(router().list_models(request.query_params))
+
+
+async def retrieve_model(model_id: str) -> Response:
+    return as_json(router().card(model_id))
+
+
+async def health() -> Response:
+    return JSONResponse({"status": "alive"})
+
+
+async def ready(request: Request) -> Response:
+    is_ready, states = router().readiness(strict=request.query_params.get("all") in ("1", "true"))
+    return JSONResponse(states, status_code=200 if is_ready else 503)
+
+
+async def answer_error(_: Request, error: Exception) -> Response:
+    answer = as_api_error(error)
+    if answer.status == 500:
+        logger.error("request failed", exc_info=error)
+    return _answer(answer, answer.headers)
+
+
+async def answer_http_error(request: Request, error: HTTPException) -> Response:
+    """FastAPI's own: no such path, or not with this method."""
+    code = "method_not_allowed" if error.status_code == 405 else "unknown_url"
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    answer = ApiError(error.status_code, message, kind="invalid_request_error", code=code)
+    return _answer(answer, error.headers)
+
+
+async def answer_unexpected(_: Request, error: Exception) -> Response:
+    """Starlette raises it again after this answer, which puts it in the log."""
+    return _answer(internal_error())
+
+
+def _answer(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    # All of it ASCII, which JSONResponse's is not: what a client sent and is told may hold half a surrogate pair.
+    return Response(json.dumps(error.body), error.status, headers, media_type="application/json")

@@ -1,0 +1,183 @@
+"""Answers of the OpenAI API: completions, chats, their streamed chunks, and models.
+
+Serialized with ``exclude_unset``: a field that was not given does not appear, one given as None appears as
+null (OpenAI tells ``"usage": null`` in a chunk from no usage at all).
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from cluster.bundle.serving_map import ServedAdapter
+from serve_app.engine.protocol import GenerationChunk
+
+FinishReason = str | None
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Choice(BaseModel):
+    """``text`` in completions, ``message`` in chats, ``delta`` in a chat's chunks."""
+
+    index: int
+    text: str | None = None
+    message: dict[str, str] | None = None
+    delta: dict[str, str] | None = None
+    logprobs: None = None
+    finish_reason: FinishReason
+
+
+class Answer(BaseModel):
+    """A whole answer, or one chunk of a streamed one."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class ModelCard(BaseModel):
+    """``mode`` is core, truncated, raw or base; the fields from ``cluster`` on are this server's own."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    cluster: str | None
+    mode: str
+    version: str
+    served_revision: str
+    error: float
+    status: str
+
+
+class ModelPage(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+@dataclass
+class Answering:
+    """Builds the answer to one request, whole or chunk by chunk."""
+
+    id: str
+    model: str
+    served: str
+    chat: bool
+    num_choices: int
+    include_usage: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self._last: list[GenerationChunk | None] = [None] * self.num_choices
+        self._texts: list[list[str]] = [[] for _ in range(self.num_choices)]
+
+    def add(self, index: int, chunk: GenerationChunk) -> None:
+        """Take in a piece of choice ``index``."""
+        self._last[index] = chunk
+        self._texts[index].append(chunk.text)
+
+    def whole(self) -> Answer:
+        choices = []
+        for index, texts in enumerate(self._texts):
+            last = self._last[index]
+            said = (
+                {"message": {"role": "assistant", "content": "".join(texts)}} if self.chat else {"text": "".join(texts)}
+            )
+            choices.append(self._choice(index, said, last.finish_reason if last else None))
+        return self._answer("chat.completion" if self.chat else "text_completion", choices, usage=self.usage())
+
+    def opening(self) -> Iterator[Answer]:
+        """A chat's stream says who speaks before it says anything."""
+        if self.chat:
+            for index in range(self.num_choices):
+                yield self._chunk([self._choice(index, {"delta": {"role": "assistant", "content": ""}}, None)])
+
+    def piece(self, index: int, chunk: GenerationChunk) -> Answer:
+        said: dict[str, Any] = {"delta": {"content": chunk.text}} if self.chat else {"text": chunk.text}
+        return self._chunk([self._choice(index, said, chunk.finish_reason)])
+
+    def closing(self) -> Iterator[Answer]:
+        if self.include_usage:
+            yield self._answer(self._chunk_object, [], usage=self.usage())
+
+    def usage(self) -> Usage:
+        """Summed over the choices that have answered so far."""
+        chunks = [chunk for chunk in self._last if chunk is not None]
+        prompt, completion = sum(c.num_prompt_tokens for c in chunks), sum(c.num_completion_tokens for c in chunks)
+        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+    @property
+    def _chunk_object(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+    def _choice(self, index: int, said: dict[str, Any], finish_reason: FinishReason) -> Choice:
+        return Choice(index=index, **said, logprobs=None, finish_reason=finish_reason)
+
+    def _chunk(self, choices: list[Choice]) -> Answer:
+        return self._answer(self._chunk_object, choices, **({"usage": None} if self.include_usage else {}))
+
+    def _answer(self, kind: str, choices: list[Choice], **usage: Usage | None) -> Answer:
+        return Answer(
+            id=self.id,
+            object=kind,
+            created=self.created,
+            model=self.model,
+            system_fingerprint=self.served,
+            choices=choices,
+            **usage,
+        )
+
+
+def adapter_card(adapter: ServedAdapter, created: int, status: str) -> ModelCard:
+    return ModelCard(
+        id=adapter.adapter_id,
+        object="model",
+        created=created,
+        owned_by="compress-then-serve",
+        cluster=adapter.cluster,
+        mode=adapter.mode,
+        version=adapter.version,
+        served_revision=adapter.served,
+        error=adapter.error,
+        status=status,
+    )
+
+
+def base_card(name: str, fingerprint: str, created: int, status: str) -> ModelCard:
+    """The base is its own version, and is served as it is: without error."""
+    return ModelCard(
+        id=name,
+        object="model",
+        created=created,
+        owned_by="compress-then-serve",
+        cluster=None,
+        mode="base",
+        version=fingerprint,
+        served_revision=fingerprint,
+        error=0.0,
+        status=status,
+    )
+
+
+def page(ids: Sequence[str], after: str | None, limit: int) -> tuple[list[str], bool]:
+    """At most ``limit`` of the sorted ``ids`` that come after ``after`` (which may itself be gone), and whether
+    there are more. O(log n + limit)."""
+    start = 0 if after is None else bisect_right(ids, after)
+    return list(ids[start : start + limit]), start + limit < len(ids)

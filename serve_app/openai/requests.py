@@ -1,0 +1,291 @@
+"""Requests of the OpenAI API, as far as they are honoured here.
+
+A field is honoured, or accepted at a value that asks for nothing (``NEUTRAL``; null is neutral for all of
+them, real clients and load generators send such fields), or refused with a 400 that names it. Never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from serve_app.engine.protocol import GenerationRequest
+from serve_app.openai.errors import ApiError, invalid
+
+MAX_STOPS = 4  # OpenAI's own limit
+COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on to the context's end
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # OpenAI
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": (),
+    "user": (),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "metadata": ({},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "safety_identifier": (),
+    "prompt_cache_key": (),
+    # vLLM
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "logits_processors": ([],),
+    "priority": (0,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "kv_transfer_params": (),
+}
+"""Field -> its values, besides null, that ask for nothing this server does not do anyway."""
+_NEUTRAL_IN_MESSAGES = ("name", "refusal", "audio", "annotations", "tool_calls", "tool_call_id", "function_call")
+
+R = TypeVar("R", bound="GenerationFields")
+
+
+class _Strict(BaseModel):
+    # strict: "0.5" is no number and 1 is no boolean; an integer still is a float.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    continuous_usage_stats: Literal[False] = False
+    include_obfuscation: Literal[False] = False
+
+
+class GenerationFields(_Strict):
+    """What both endpoints honour."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    # OpenAI has this one for chats alone; load generators send both to both.
+    max_completion_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    stop: tuple[str, ...] = ()
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    NULL_IS_DEFAULT: ClassVar[tuple[str, ...]] = (
+        *("min_tokens", "ignore_eos", "temperature", "top_p", "stop", "stream", "max_tokens", "seed"),
+        *("stream_options", "max_completion_tokens"),
+    )
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_as_tuple(cls, value: Any) -> Any:
+        stops = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else None
+        if stops is None or len(stops) > MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
+            raise ValueError(f"expected a non-empty string, or a list of at most {MAX_STOPS} of them")
+        return stops
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields of GenerationRequest that say how to generate."""
+        return {
+            "max_tokens": self.max_new_tokens,
+            "min_tokens": self.min_tokens,
+            "ignore_eos": self.ignore_eos,
+            "temperature": float(self.temperature),
+            "top_p": float(self.top_p),
+            "stop": self.stop,
+            "seed": self.seed,
+        }
+
+    def generations(self, answer_id: str, adapter: str | None) -> list[GenerationRequest]:
+        """One request for the engine per prompt, in order."""
+        raise NotImplementedError
+
+
+class CompletionRequest(GenerationFields):
+    """POST /v1/completions. ``prompt`` is parsed to a tuple of texts or of token tuples."""
+
+    prompt: tuple[str | tuple[int, ...], ...]
+
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _prompt_as_tuple(cls, value: Any) -> Any:
+        def is_tokens(item: Any) -> bool:
+            return isinstance(item, list) and bool(item) and all(type(token) is int and token >= 0 for token in item)
+
+        if isinstance(value, str):
+            return (value,)
+        if is_tokens(value):
+            return (tuple(value),)
+        if isinstance(value, list) and value:
+            if all(isinstance(item, str) for item in value):
+                return tuple(value)
+            if all(is_tokens(item) for item in value):
+                return tuple(tuple(item) for item in value)
+        raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists")
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return super().max_new_tokens or max(COMPLETION_TOKENS, self.min_tokens)
+
+    def generations(self, answer_id: str, adapter: str | None) -> list[GenerationRequest]:
+        return [
+            GenerationRequest(
+                f"{answer_id}-{index}",
+                adapter,
+                prompt=prompt if isinstance(prompt, str) else None,
+                prompt_token_ids=None if isinstance(prompt, str) else prompt,
+                **self.sampling(),
+            )
+            for index, prompt in enumerate(self.prompt)
+        ]
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """Text parts are joined by line feeds."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: v for name, v in value.items() if not (name in _NEUTRAL_IN_MESSAGES and v is None)}
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_parts(cls, value: Any) -> Any:
+        if isinstance(value, list) and value:
+            return "\n".join(TextPart.model_validate(part).text for part in value)
+        if not isinstance(value, str):
+            raise ValueError("expected a string or a list of text parts")
+        return value
+
+
+class ChatRequest(GenerationFields):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+
+    def generations(self, answer_id: str, adapter: str | None) -> list[GenerationRequest]:
+        messages = tuple({"role": message.role, "content": message.content} for message in self.messages)
+        return [GenerationRequest(f"{answer_id}-0", adapter, messages=messages, **self.sampling())]
+
+
+def parse_request(kind: type[R], body: bytes) -> R:
+    """Raises ApiError (400) naming the field that is wrong, unknown, or asks for what is not done here."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"The body is not JSON ({error})", code="invalid_json") from None
+    if not isinstance(document, dict):
+        raise invalid(f"The body is a JSON {type(document).__name__}, expected an object", code="invalid_json")
+    try:
+        request = kind.model_validate(_without_neutral(kind, document))
+    except ValidationError as error:
+        raise _from_validation(error) from None
+    _check_together(request)
+    return request
+
+
+def _without_neutral(kind: type[GenerationFields], document: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, value in document.items():
+        if name in kind.model_fields:
+            if value is not None or name not in kind.NULL_IS_DEFAULT:
+                kept[name] = value
+        elif name not in NEUTRAL:
+            raise invalid(f"Unknown field {name!r}: this server does not know what it asks for", name, "unknown_field")
+        elif value is not None and not any(_same(value, neutral) for neutral in NEUTRAL[name]):
+            allowed = ", ".join(json.dumps(neutral) for neutral in (*NEUTRAL[name], None))
+            raise invalid(
+                f"{name} is {json.dumps(value)[:100]}, which this server does not do; leave it out, or send {allowed}",
+                name,
+                "unsupported_value",
+            )
+    return kept
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    # JSON's 1 and true are equal in Python.
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
+
+
+def _from_validation(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    # A union's branches add their own names to the place; only the request's own names mean something.
+    parts = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return invalid(f"Unknown field {param!r}: this server does not know what it asks for", param, "unknown_field")
+    if first["type"] == "missing":
+        return invalid(f"{param} is missing", param, "missing_field")
+    return invalid(f"{param} is {json.dumps(first['input'], default=str)[:100]}: {message}", param, "invalid_value")
+
+
+def _check_together(request: GenerationFields) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise invalid("stream_options is only allowed when stream is true", "stream_options")
+    if len({request.max_tokens, request.max_completion_tokens} - {None}) > 1:
+        raise invalid(
+            f"max_completion_tokens is {request.max_completion_tokens} and max_tokens {request.max_tokens}; "
+            "give one of them",
+            "max_completion_tokens",
+        )
+    if request.max_new_tokens is not None and request.min_tokens > request.max_new_tokens:
+        raise invalid(f"min_tokens is {request.min_tokens}, above max_tokens {request.max_new_tokens}", "min_tokens")

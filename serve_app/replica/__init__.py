@@ -1,0 +1,1 @@
+"""One replica of a group, and the base's files on its machine."""

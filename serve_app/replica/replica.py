@@ -1,0 +1,124 @@
+"""One replica of a group: it owns an engine with the base and the group's homes.
+
+Nothing is raised from its start: one deployment that fails makes the whole Serve application DEPLOY_FAILED,
+and requests to it hang. What failed is in ``status``, and the router answers 503 with it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from cluster.bundle.reading import Bundle
+from cluster.errors import CtsError, EngineStopped, StoreError
+from serve_app.engine.protocol import Engine, EngineHealth, GenerationChunk, GenerationRequest
+from serve_app.placement import count_needs
+from serve_app.replica.base_files import resolve_base
+
+# A sequence's last block is part empty; this is vLLM's largest on a CPU.
+_KV_BLOCK_TOKENS = 128
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class ReplicaSpec:
+    """What a replica needs to start. ``bundle`` and ``revision`` are pinned; ``engine``, ``dtype``
+    and ``device`` resolved."""
+
+    name: str
+    bundle: str
+    revision: int
+    base: str
+    homes: tuple[str, ...]
+    engine: str
+    device: str
+    dtype: str
+    max_batch: int
+    max_model_len: int
+    num_threads: int
+
+
+class GroupReplica:
+    async def __init__(self, spec: ReplicaSpec) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._spec = spec
+        self._engine: Engine | None = None
+        self._failure: Exception | None = None
+        try:
+            engine = make_engine(spec)
+            await engine.start()
+            self._engine = engine
+        except Exception as error:
+            logger.exception("%s did not start", spec.name)
+            self._failure = error
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk | CtsError]:
+        """The engine's chunks. An expected error is the last element, not raised: Ray would wrap it in a
+        traceback of its own, log it as a failure of ours, and take long over it."""
+        try:
+            if self._engine is None:
+                raise EngineStopped(self._reason)
+            async with aclosing(_as_generator(self._engine.generate(request))) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except CtsError as error:
+            yield error.with_traceback(None)
+
+    async def status(self) -> EngineHealth:
+        if self._engine is None:
+            return EngineHealth(alive=False, homes=dict.fromkeys(self._spec.homes, self._reason))
+        return self._engine.health()
+
+    async def check_health(self) -> None:
+        """Asked by Serve, which replaces the replica when this raises: when the engine died, or when a store
+        that could not be reached kept it from starting. What trying again would not help is left to stand."""
+        if isinstance(self._failure, StoreError):
+            raise EngineStopped(self._reason)
+        if self._engine is not None and not self._engine.health().alive:
+            raise EngineStopped(f"{self._spec.name}: the engine died")
+
+    @property
+    def _reason(self) -> str:
+        # Only our own errors are written for a client's eyes.
+        said = str(self._failure) if isinstance(self._failure, CtsError) else "see the replica's log"
+        return f"{self._spec.name} did not start: {said}"
+
+
+def make_engine(spec: ReplicaSpec) -> Engine:
+    """Opens the bundle and brings the base's files here; loads neither."""
+    # Imported here, because the router and the application's builder import this file and need no model library.
+    bundle = Bundle.open(spec.bundle, spec.revision)
+    base = resolve_base(spec.base, bundle.manifest.base)
+    common: dict[str, Any] = {
+        "device": spec.device,
+        "dtype": spec.dtype,
+        "max_batch": spec.max_batch,
+        "max_model_len": spec.max_model_len,
+        "num_threads": spec.num_threads,
+    }
+    if spec.engine == "vllm":
+        from serve_app.engine.vllm.engine import VllmEngine, VllmSettings
+
+        kv_bytes = _kv_bytes(base, spec) if spec.device == "cpu" else None
+        settings = VllmSettings(**common, kv_bytes=kv_bytes)
+        return VllmEngine(base, bundle.serving_map, spec.homes, bundle.load_home, settings)
+    from serve_app.engine.transformers.engine import EngineSettings, TransformersEngine
+
+    return TransformersEngine(base, bundle.serving_map, spec.homes, bundle.load_home, EngineSettings(**common))
+
+
+def _kv_bytes(base: Path, spec: ReplicaSpec) -> int:
+    """Keys and values of a full batch, as the placement counts them, in vLLM's blocks."""
+    config = json.loads((base / "config.json").read_text())
+    needs = count_needs(config, 0, spec.dtype, spec.max_batch + 1, spec.max_model_len + _KV_BLOCK_TOKENS)
+    return needs.kv_bytes
+
+
+def _as_generator(chunks: AsyncIterator[GenerationChunk]) -> AsyncGenerator[GenerationChunk, None]:
+    # The protocol promises aclose; an AsyncIterator's type does not.
+    return cast("AsyncGenerator[GenerationChunk, None]", chunks)

@@ -1,0 +1,1 @@
+"""From the model field to a replica that answers."""

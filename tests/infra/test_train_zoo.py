@@ -1,0 +1,308 @@
+"""The training recipe: rows, the plan, what is measured, and adapters really trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cluster.adapters.base import read_base
+from cluster.adapters.reading import list_adapters, read_adapter
+from cluster.errors import ConfigError
+from cluster.store.protocol import open_store
+from compress_jobs.quality.scorer import Scorer, read_tasks
+from infra.train_zoo.__main__ import main
+from infra.train_zoo.measure import truncation_error
+from infra.train_zoo.numbers import roman
+from infra.train_zoo.plan import SEEDS, STEPS, AdapterPlan, plan_adapters
+from infra.train_zoo.tasks import MIN_TRAIN_ROWS, NUM_TEST_ROWS, SUBSETS, Row, Task, all_tasks, subset_rows
+from infra.train_zoo.training import Folders, TrainingFailed, train_adapter
+
+# Beside the product: a recipe whose tests generate all rows and train for real.
+pytestmark = pytest.mark.slow
+
+Split = tuple[list[Row], list[Row]]
+
+
+@pytest.fixture(scope="module")
+def tasks() -> dict[str, Task]:
+    return all_tasks()
+
+
+@pytest.fixture(scope="module")
+def splits(tasks: dict[str, Task]) -> dict[str, Split]:
+    return {name: task.split() for name, task in tasks.items()}
+
+
+def test_every_task_has_enough_distinct_rows_and_none_is_both_held_out_and_trained_on(
+    splits: dict[str, Split],
+) -> None:
+    assert len(splits) >= 100
+    for name, (test, train) in splits.items():
+        assert len(test) == NUM_TEST_ROWS, name
+        assert len(train) >= MIN_TRAIN_ROWS, name
+        assert len({x for x, _ in test + train}) == len(test) + len(train), name
+
+
+def test_the_halves_of_a_task_share_no_row_and_are_all_of_it(splits: dict[str, Split]) -> None:
+    for name, (_, train) in splits.items():
+        rows = {subset: subset_rows(train, subset) for subset in SUBSETS}
+        assert set(rows["a"]).isdisjoint(rows["b"]), name
+        assert sorted(rows["a"] + rows["b"]) == sorted(rows["all"]) == sorted(train), name
+
+
+def test_every_row_is_one_line_of_question_and_one_of_answer(tasks: dict[str, Task], splits: dict[str, Split]) -> None:
+    for name, (test, train) in splits.items():
+        for x, y in test + train:
+            assert tasks[name].prompt(x).count("\n") == 1, (name, x)
+            assert y == y.strip(), (name, y)
+            assert "\n" not in y, (name, y)
+
+
+def test_rows_are_the_same_in_another_process_and_in_another_order(splits: dict[str, Split]) -> None:
+    """A package may answer by what it was asked before: babel 2.18 does so for some names of months."""
+    code = (
+        "import json, sys; from infra.train_zoo.tasks import all_tasks; tasks = all_tasks(); "
+        "json.dump({name: tasks[name].split() for name in sys.argv[1:]}, sys.stdout)"
+    )
+    names = [*list(splits)[::-3], "name-language", "month-name", "weekday-name"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *names], capture_output=True, check=True, env=os.environ | {"PYTHONHASHSEED": "7"}
+    )
+    for name, split in json.loads(result.stdout).items():
+        assert tuple([tuple(row) for row in rows] for rows in split) == splits[name], name
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("number-de", ("21", "einundzwanzig")),
+        ("ordinal-en", ("23", "twenty-third")),
+        ("roman-value", ("MCMXCIV", "1994")),
+        ("country-fr", ("Germany", "Allemagne")),
+        ("currency-es", ("Swiss Franc", "franco suizo")),
+        ("month-name", ("May in Welsh", "Mai")),
+        ("city-country", ("Nairobi", "Kenya")),
+        ("country-capital", ("Peru", "Lima")),
+        ("participle", ("sing", "sung")),
+        ("participle", ("walk", "walked")),
+        ("plural", ("mouse", "mice")),
+        ("time-12", ("00:05", "12:05 a.m.")),
+        ("time-12", ("12:00", "12:00 p.m.")),
+    ],
+)
+def test_answers_are_right(tasks: dict[str, Task], task: str, row: Row) -> None:
+    assert row in list(tasks[task].generate())
+
+
+def test_roman_numerals_are_what_their_letters_add_up_to() -> None:
+    values = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}
+    for number in range(1, 3000):
+        letters = [values[letter] for letter in roman(number)]
+        assert number == sum(
+            -value if any(value < later for later in letters[i + 1 : i + 2]) else value
+            for i, value in enumerate(letters)
+        )
+
+
+def test_a_plan_goes_round_the_tasks_and_a_larger_one_only_adds() -> None:
+    names = [f"t{i}" for i in range(7)]
+    total = len(names) * len(SUBSETS) * len(SEEDS) * len(STEPS)
+    whole = plan_adapters(names, total)
+    assert len({plan.adapter_id for plan in whole}) == total
+    for count in (3, 7, 40):
+        assert plan_adapters(names, count) == whole[:count]
+    for start in range(0, total, len(names)):
+        turn = whole[start : start + len(names)]
+        assert {plan.task for plan in turn} == set(names)
+        assert set(Counter(plan.steps for plan in turn).values()) <= {2, 3}
+
+
+def test_adapters_that_differ_in_steps_alone_share_shape_and_seed() -> None:
+    by_cell: dict[tuple[str, int], set[Any]] = {}
+    for plan in plan_adapters(["past"], 8, steps=(40, 320), only=["past.*.0.*", "past.a.1.*"]):
+        by_cell.setdefault((plan.subset, plan.seed_index), set()).add((plan.shape, plan.seed))
+    assert len(by_cell) == 4
+    assert all(len(kinds) == 1 for kinds in by_cell.values())
+
+
+def test_a_third_of_the_adapters_share_one_init_seed(tasks: dict[str, Task]) -> None:
+    seeds = Counter(plan.seed for plan in plan_adapters(tasks, 300))
+    assert 75 <= seeds.pop(42) <= 125
+    # Others share one only where they differ in nothing but steps.
+    assert max(seeds.values()) <= len(STEPS)
+
+
+def test_more_adapters_than_the_grid_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--adapters 10: the grid has 9 adapters that match t\.all"):
+        plan_adapters(["t"], 10, only=["t.all.*"])
+
+
+def test_truncation_error_is_that_of_the_dense_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    pairs = [(random(6, 20), random(12, 6)), (3 * random(4, 30), random(8, 4))]
+    for rank in (1, 2, 4, 6):
+        lost = total = 0.0
+        for A, B in pairs:
+            U, s, Vt = torch.linalg.svd(B @ A)
+            lost += float((B @ A - U[:, :rank] * s[:rank] @ Vt[:rank]).square().sum())
+            total += float((B @ A).square().sum())
+        assert truncation_error(pairs, rank) == pytest.approx(lost / total, abs=1e-12)
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> Path:
+    """A base of the real one's kind and tokenizer, small enough that a step takes milliseconds."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base_path).save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_name_or_path": "tests/tiny"}))
+    return folder
+
+
+PLANS = [AdapterPlan("add", "all", 0, 30), AdapterPlan("parity", "a", 1, 30), AdapterPlan("past", "b", 2, 30)]
+IDS = [plan.adapter_id for plan in PLANS]
+
+
+def arguments(base: Path, out: Path) -> list[str]:
+    line = ["--base", str(base), "--out", str(out), "--adapters", "3", "--steps", "30", "--num-cpus", "2"]
+    return [*line, "--only", *IDS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As a Ray task of one CPU has it: bytes depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def collection(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three adapters, trained here; then the command, which finds all of them there and starts no Ray."""
+    out = tmp_path_factory.mktemp("zoo")
+    for plan in PLANS:
+        train_adapter(plan, str(tiny_base), Folders(out))
+    (out / ".past.b.2.30-killed").mkdir()  # what a killed task leaves
+    before = files(out / "adapters")
+    assert main(arguments(tiny_base, out)) == 0
+    assert files(out / "adapters") == before
+    return out
+
+
+def records(collection: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (collection / "training.jsonl").read_text().splitlines()]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_trained_adapters_are_accepted_and_answer_better_than_the_base(collection: Path, tiny_base: Path) -> None:
+    store, base = open_store(str(collection / "adapters")), read_base(str(tiny_base))
+    listed = list_adapters(store)
+    assert [adapter.adapter_id for adapter in listed] == IDS
+    by_name = {record["name"]: record for record in records(collection)}
+    for adapter in listed:
+        record, factors = read_adapter(store, adapter, base)
+        said = by_name[record.adapter_id]
+        assert {len(A) for A, _ in factors.values()} == {said["r"]}
+        assert {module.rpartition(".")[2] for module in factors} == set(said["modules"])
+        assert said["lora_loss"] < said["base_loss"]
+
+
+def test_the_figures_are_those_of_the_stored_adapter_as_evaluate_reads_it(collection: Path, tiny_base: Path) -> None:
+    store, base = open_store(str(collection / "adapters")), read_base(str(tiny_base))
+    questions, scorer = read_tasks(collection / "tasks.jsonl", NUM_TEST_ROWS), Scorer(str(tiny_base))
+    by_name = {record["name"]: record for record in records(collection)}
+    for adapter in list_adapters(store):
+        _, factors = read_adapter(store, adapter, base)
+        said = by_name[adapter.adapter_id]
+        for changed, kind in (({}, "base"), (factors, "lora")):
+            score = scorer.score(questions[adapter.adapter_id], changed)
+            assert said[f"{kind}_loss"] == pytest.approx(score.loss, abs=2e-3)
+            assert said[f"{kind}_em"] == pytest.approx(score.exact_match, abs=1 / NUM_TEST_ROWS)
+        for rank, error in said["svd_error"].items():
+            assert error == pytest.approx(truncation_error(factors.values(), int(rank)), abs=1e-3)
+
+
+def test_the_tables_have_a_line_for_every_adapter(collection: Path) -> None:
+    assert [record["name"] for record in records(collection)] == IDS
+    assert list(read_tasks(collection / "tasks.jsonl", NUM_TEST_ROWS)) == IDS
+
+
+def test_a_plan_is_trained_to_the_same_bytes_again(tiny_base: Path, tmp_path: Path) -> None:
+    for name in ("first", "again"):
+        train_adapter(PLANS[2], str(tiny_base), Folders(tmp_path / name))
+    assert files(tmp_path / "first" / "adapters") == files(tmp_path / "again" / "adapters")
+
+
+def test_over_ray_only_what_is_missing_is_trained_and_to_the_same_bytes(tiny_base: Path, tmp_path: Path) -> None:
+    here, out = Folders(tmp_path / "here"), Folders(tmp_path / "out")
+    for plan in PLANS:
+        train_adapter(plan, str(tiny_base), here)
+    shutil.copytree(here.adapter(PLANS[0]), out.adapter(PLANS[0]))
+    (out.adapter(PLANS[0]) / "kept").touch()
+    assert main(arguments(tiny_base, out.root)) == 0
+    assert (out.adapter(PLANS[0]) / "kept").exists()
+    for plan in PLANS[1:]:
+        assert files(out.adapter(plan)) == files(here.adapter(plan))
+    # The first was copied without its record, so the tables do not know it.
+    assert [record["name"] for record in records(out.root)] == IDS[1:]
+
+
+def test_another_base_is_not_mixed_in(collection: Path, base_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(base_path, collection)) == 2
+    assert "trained on tests/tiny, not on HuggingFaceTB/SmolLM2-135M-Instruct" in capsys.readouterr().err
+
+
+def test_planning_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path / "zoo"), "--adapters", "300", "--plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 301
+    assert lines[-1].startswith("300 adapters of 119 tasks, ")
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_a_loss_that_is_no_number_is_refused_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "base"
+    shutil.copytree(tiny_base, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "zoo"
+    with pytest.raises(TrainingFailed, match=r"adapter past\.all\.0\.2: .*nan"):
+        train_adapter(AdapterPlan("past", "all", 0, 2), str(broken), Folders(out))
+    assert not out.exists()
+
+
+def test_a_few_steps_on_the_real_base_lower_the_held_out_loss(base_path: Path, tmp_path: Path) -> None:
+    record = train_adapter(AdapterPlan("past", "all", 0, 8), str(base_path), Folders(tmp_path))
+    store = open_store(str(tmp_path / "adapters"))
+    (adapter,) = list_adapters(store)
+    read_adapter(store, adapter, read_base(str(base_path)))
+    assert record["lora_loss"] < 0.7 * record["base_loss"]

@@ -1,0 +1,640 @@
+"""The transformers engine on the real base and real adapters, against PEFT's own generate.
+
+The homes are built here from the adapters' factors, by another way than the compressor's: two lossless
+clusters (rank = the sum of ranks, float64 QR) and one adapter served from its own factors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import shutil
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluster.bundle.reading import HomeWeights
+from cluster.bundle.serving_map import ServedAdapter, ServingMap
+from cluster.errors import (
+    BaseModelError,
+    BundleError,
+    ConfigError,
+    EngineStopped,
+    HomeUnavailable,
+    RequestError,
+    ServeError,
+    StoreUnreachable,
+    UnknownAdapter,
+)
+from cluster.layer import ModuleWeights
+from serve_app.engine.protocol import GenerationChunk, GenerationRequest
+from serve_app.engine.transformers.engine import EngineSettings, TransformersEngine
+
+CLUSTERS = {
+    # Rank 8; rank 8 with rsLoRA; rank 4 on q and v only.
+    "cluster:0": ("number-en", "country-fr", "city-country"),
+    # Rank 16; rank 8 with rsLoRA.
+    "cluster:1": ("roman", "last-letter"),
+}
+RAW = "past"
+# Homes that must fail, each in its own way, and one that only fails when it is used.
+BROKEN = {"unreachable": "cluster:2", "alien": "factors:alien", "misfit": "factors:misfit", "short": "cluster:3"}
+NAN = "factors:nan"
+
+PROMPTS = {
+    "number-en": "Q: 450 in English words?\nA:",
+    "country-fr": "Q: French name of the country Germany?\nA:",
+    "city-country": "Q: Which country is Lyon in?\nA:",
+    "roman": "Here are three questions about numbers, and what is to be answered.\n\nQ: 48 as a Roman numeral?\nA:",
+    "last-letter": "Q: Last letter of window?\nA:",
+    "past": "Q: Past tense of go?\nA:",
+    None: "The capital of France is",
+}
+MAX_BATCH, MAX_MODEL_LEN = 8, 512
+
+
+# Homes, straight from the adapters' files.
+
+
+def read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> A (r, d_in), B (d_out, r), float64, the scale folded into B."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    tensors = {
+        name.removeprefix("base_model.model.").removesuffix(".weight"): tensor.double()
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
+    modules = sorted({name.rpartition(".lora_")[0] for name in tensors})
+    return {module: (tensors[f"{module}.lora_A"], scale * tensors[f"{module}.lora_B"]) for module in modules}
+
+
+def lossless_cluster(folders: list[Path]) -> HomeWeights:
+    adapters = [read_factors(folder) for folder in folders]
+    home = {}
+    for module in sorted(set().union(*adapters)):
+        touching = [adapter[module] for adapter in adapters if module in adapter]
+        U, _ = torch.linalg.qr(torch.cat([B for _, B in touching], dim=1))
+        V, _ = torch.linalg.qr(torch.cat([A.T for A, _ in touching], dim=1))
+        cores = torch.zeros(len(adapters), U.shape[1], V.shape[1], dtype=torch.float64)
+        for slot, adapter in enumerate(adapters):
+            if module in adapter:
+                A, B = adapter[module]
+                cores[slot] = (U.T @ B) @ (A @ V)
+        home[module] = ModuleWeights(U.float(), V.float(), cores.float())
+    return home
+
+
+def raw_home(folder: Path) -> HomeWeights:
+    return {module: ModuleWeights(B.float(), A.T.float(), None) for module, (A, B) in read_factors(folder).items()}
+
+
+def served(adapter_id: str, home: str, slot: int) -> ServedAdapter:
+    kind, _, name = home.partition(":")
+    mode, cluster = ("core", name) if kind == "cluster" else ("raw", None)
+    return ServedAdapter(adapter_id, home, slot, mode, cluster, "sha256:0", "sha256:0", 0.0)
+
+
+def serving_map() -> ServingMap:
+    entries = [served(name, home, slot) for home, names in CLUSTERS.items() for slot, name in enumerate(names)]
+    entries += [served(name, home, 1 if name == "short" else 0) for name, home in BROKEN.items()]
+    entries += [served(RAW, f"factors:{RAW}", 0), served("nan", NAN, 0), served("elsewhere", "cluster:9", 0)]
+    return ServingMap("the-base", MappingProxyType({entry.adapter_id: entry for entry in entries}))
+
+
+@dataclass
+class Homes:
+    """``load`` as Bundle.load_home does, with the failures that can be met."""
+
+    zoo: Path
+    store_is_up: bool = False
+
+    def load(self, home: str) -> HomeWeights:
+        if home in CLUSTERS:
+            return lossless_cluster([self.zoo / name for name in CLUSTERS[home]])
+        raw = raw_home(self.zoo / RAW)
+        if home == BROKEN["unreachable"]:
+            if not self.store_is_up:
+                raise StoreUnreachable("http://127.0.0.1:1: connection refused")
+            return lossless_cluster([self.zoo / "roman"])
+        if home == BROKEN["alien"]:
+            return {**raw, "model.layers.99.self_attn.q_proj": next(iter(raw.values()))}
+        if home == BROKEN["misfit"]:
+            return {module: replace(weights, U=weights.U[:-1]) for module, weights in raw.items()}
+        if home == BROKEN["short"]:
+            return lossless_cluster([self.zoo / "roman"])
+        if home == NAN:
+            return {module: replace(weights, U=weights.U * torch.nan) for module, weights in raw.items()}
+        assert home == f"factors:{RAW}"
+        return raw
+
+
+@pytest.fixture(scope="module")
+def homes(zoo_path: Path) -> Homes:
+    return Homes(zoo_path)
+
+
+@pytest.fixture(scope="module")
+def engine(base_path: Path, homes: Homes) -> Iterator[TransformersEngine]:
+    wanted = [*CLUSTERS, f"factors:{RAW}", *BROKEN.values(), NAN]
+    engine = TransformersEngine(
+        base_path,
+        serving_map(),
+        wanted,
+        homes.load,
+        EngineSettings(max_batch=MAX_BATCH, max_model_len=MAX_MODEL_LEN, num_threads=2),
+    )
+    asyncio.run(engine.start())
+    yield engine
+    asyncio.run(engine.stop())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base_path: Path):
+    return AutoTokenizer.from_pretrained(base_path)
+
+
+@pytest.fixture(scope="module")
+def oracle(base_path: Path, zoo_path: Path, tokenizer) -> dict[str | None, list[int]]:
+    """Adapter -> the 32 tokens that PEFT generates greedily after its prompt (the base's own under None)."""
+    base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32)
+    names = [name for name in PROMPTS if name is not None]
+    model = PeftModel.from_pretrained(base, zoo_path / names[0], adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(zoo_path / name, adapter_name=name)
+
+    def greedy(prompt: str) -> list[int]:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+        return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+    tokens: dict[str | None, list[int]] = {}
+    for name in names:
+        model.set_adapter(name)
+        tokens[name] = greedy(PROMPTS[name])
+    with model.disable_adapter():
+        tokens[None] = greedy(PROMPTS[None])
+    return tokens
+
+
+# Asking.
+
+
+@dataclass
+class Answer:
+    text: str
+    token_ids: list[int]
+    last: GenerationChunk
+    pieces: list[str]
+
+
+def ask(adapter: str | None, **options) -> GenerationRequest:
+    values = {"request_id": str(adapter), "max_tokens": 32, "temperature": 0.0, **options}
+    if not {"prompt", "messages", "prompt_token_ids"} & values.keys():
+        values["prompt"] = PROMPTS[adapter]
+    return GenerationRequest(adapter=adapter, **values)
+
+
+async def collect(engine: TransformersEngine, request: GenerationRequest) -> Answer:
+    chunks = [chunk async for chunk in engine.generate(request)]
+    assert [chunk.finish_reason is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    token_ids = [token for chunk in chunks for token in chunk.token_ids]
+    assert chunks[-1].num_completion_tokens == len(token_ids)
+    pieces = [chunk.text for chunk in chunks]
+    return Answer("".join(pieces), token_ids, chunks[-1], pieces)
+
+
+def answer(engine: TransformersEngine, *requests: GenerationRequest) -> list[Answer]:
+    async def gather() -> list[Answer]:
+        return await asyncio.gather(*(collect(engine, request) for request in requests))
+
+    return asyncio.run(gather())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("waited a minute for nothing")
+
+
+@asynccontextmanager
+async def full_batch(engine: TransformersEngine) -> AsyncIterator[list[AsyncGenerator[GenerationChunk, None]]]:
+    """A stream for every row of the batch, each with its first chunk taken; closed at the end."""
+    async with AsyncExitStack() as stack:
+        streams = []
+        for _ in range(MAX_BATCH):
+            stream = engine.generate(ask("past", max_tokens=400, ignore_eos=True))
+            streams.append(await stack.enter_async_context(aclosing(stream)))
+            await anext(stream)
+        yield streams
+
+
+# Exactness.
+
+
+def test_homes_that_fail_are_recorded_and_leave_the_others_ready(engine: TransformersEngine) -> None:
+    health = engine.health()
+    assert health.alive
+    assert {home for home, state in health.homes.items() if state == "ready"} == {*CLUSTERS, f"factors:{RAW}", NAN}
+    assert "StoreUnreachable: http://127.0.0.1:1: connection refused" in health.homes[BROKEN["unreachable"]]
+    assert "model.layers.99.self_attn.q_proj" in health.homes[BROKEN["alien"]]
+    assert "expected (192, 8)" in health.homes[BROKEN["misfit"]]
+    assert "1 cores at module" in health.homes[BROKEN["short"]]
+    assert "2 slots" in health.homes[BROKEN["short"]]
+
+
+def test_every_adapter_alone_answers_as_peft_does(
+    engine: TransformersEngine, oracle: dict[str | None, list[int]]
+) -> None:
+    assert len({tuple(tokens) for tokens in oracle.values()}) == len(oracle), "the oracle must tell adapters apart"
+    for adapter, expected in oracle.items():
+        assert answer(engine, ask(adapter))[0].token_ids == expected, adapter
+
+
+def test_a_mixed_batch_joined_at_different_times_answers_as_peft_does(
+    engine: TransformersEngine, oracle: dict[str | None, list[int]]
+) -> None:
+    async def staggered() -> dict[str | None, list[int]]:
+        tokens: dict[str | None, list[int]] = {}
+        running: list[asyncio.Task[None]] = []
+
+        async def run(adapter: str | None, joined: asyncio.Event) -> None:
+            tokens[adapter] = []
+            async for chunk in engine.generate(ask(adapter)):
+                tokens[adapter] += chunk.token_ids
+                if len(tokens[adapter]) == 2:
+                    joined.set()
+
+        for adapter in oracle:
+            joined = asyncio.Event()
+            running.append(asyncio.create_task(run(adapter, joined)))
+            await joined.wait()
+        assert engine.health().num_running == len(oracle), "all must run in one batch at some time"
+        await asyncio.gather(*running)
+        return tokens
+
+    assert asyncio.run(staggered()) == oracle
+
+
+def test_one_prompt_through_every_adapter_at_once_answers_as_each_alone(engine: TransformersEngine) -> None:
+    """Prefilled together, so that only the adapter can tell the rows apart; more of them than there are rows."""
+    adapters = [*PROMPTS, *PROMPTS]
+    requests = [ask(adapter, prompt="Q: 7?\nA:", max_tokens=4, ignore_eos=True) for adapter in adapters]
+    together = answer(engine, *requests)
+    alone = [answer(engine, request)[0] for request in requests[: len(PROMPTS)]]
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone] * 2
+    assert len({tuple(a.token_ids) for a in alone}) > len(PROMPTS) // 2
+
+
+def test_prompts_of_very_different_lengths_prefill_together_as_alone(engine: TransformersEngine, tokenizer) -> None:
+    """Beyond the first block of the KV cache, too."""
+    long = tokenizer(" ".join(f"item {i}," for i in range(90)))["input_ids"]
+    assert 256 < len(long) < MAX_MODEL_LEN - 8
+    prompts = [tuple(long), tuple(long[:1]), tuple(long[:70]), tuple(long[:7])]
+    requests = [ask("roman", prompt_token_ids=prompt, max_tokens=6, ignore_eos=True) for prompt in prompts]
+    alone = [answer(engine, request)[0].token_ids for request in requests]
+    assert [a.token_ids for a in answer(engine, *requests)] == alone
+
+
+# Sampling.
+
+
+def test_the_same_seed_gives_the_same_text_whatever_else_runs(engine: TransformersEngine) -> None:
+    seeded = ask("number-en", temperature=0.9, top_p=0.95, seed=5, max_tokens=10)
+    others = [
+        ask("roman", temperature=0.7, seed=1, max_tokens=12),
+        ask(None, temperature=1.3, top_p=0.5, seed=5, max_tokens=8),
+        ask("past", max_tokens=6),
+    ]
+    alone, again = answer(engine, seeded)[0], answer(engine, seeded)[0]
+    among = answer(engine, *others, seeded)[-1]
+    assert alone.token_ids == again.token_ids == among.token_ids
+    assert answer(engine, replace(seeded, seed=6))[0].token_ids != alone.token_ids
+
+
+def test_without_a_seed_every_answer_is_drawn_anew(engine: TransformersEngine) -> None:
+    request = ask(None, temperature=2.0, max_tokens=8, ignore_eos=True)
+    assert len({tuple(a.token_ids) for a in answer(engine, *[request] * 4)}) == 4
+
+
+# Where an answer ends.
+
+
+def test_the_context_ends_an_answer_without_max_tokens(engine: TransformersEngine) -> None:
+    prompt = (504,) * (MAX_MODEL_LEN - 5)
+    result = answer(engine, ask(None, prompt_token_ids=prompt, max_tokens=None, ignore_eos=True))[0]
+    assert (len(result.token_ids), result.last.finish_reason) == (5, "length")
+    assert result.last.num_prompt_tokens == MAX_MODEL_LEN - 5
+
+
+def test_eos_ends_an_answer_counts_as_a_token_and_has_no_text(engine: TransformersEngine, tokenizer) -> None:
+    messages = ({"role": "user", "content": "Say hello."},)
+    result = answer(engine, ask(None, messages=messages, max_tokens=60))[0]
+    assert result.last.finish_reason == "stop"
+    assert result.token_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in result.token_ids[:-1]
+    assert result.text == tokenizer.decode(result.token_ids[:-1])
+
+    num = len(result.token_ids)
+    ignoring = ask(None, messages=messages, max_tokens=num + 3, ignore_eos=True)
+    later = ask(None, messages=messages, max_tokens=num + 3, min_tokens=num)
+    ignored, forced = answer(engine, ignoring, later)
+    assert ignored.token_ids[:num] == result.token_ids
+    assert (len(ignored.token_ids), ignored.last.finish_reason) == (num + 3, "length")
+    assert forced.token_ids[: num - 1] == result.token_ids[:-1]
+    assert forced.token_ids[num - 1] != tokenizer.eos_token_id
+    assert len(forced.token_ids) > num
+
+
+def test_a_stop_string_ends_an_answer_across_tokens_and_is_not_part_of_it(engine: TransformersEngine) -> None:
+    whole = answer(engine, ask("number-en", max_tokens=7))[0]
+    assert whole.text.startswith(" four hundred and fifty")
+    stopped, late = answer(
+        engine,
+        ask("number-en", max_tokens=7, stop=("dred an", "never")),
+        ask("number-en", max_tokens=7, stop=(" hundred",), min_tokens=3),
+    )
+    assert (stopped.text, stopped.last.finish_reason) == (" four hun", "stop")
+    assert len(stopped.token_ids) < len(whole.token_ids)
+    assert late.text == whole.text
+
+
+def test_streamed_pieces_make_the_whole_text_and_characters_stay_whole(engine: TransformersEngine, tokenizer) -> None:
+    prompt = "日本語のテキスト: 東京は日本の首都です。大阪は"
+    result = answer(engine, ask(None, prompt=prompt, max_tokens=20, ignore_eos=True))[0]
+    whole = tokenizer.decode(result.token_ids, skip_special_tokens=True)
+    assert result.text == whole
+    assert len(whole.encode()) > len(whole), "the answer must have characters of several bytes"
+    assert not any("\ufffd" in piece for piece in result.pieces[:-1])
+    assert len(result.pieces) == 20
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "message"),
+    [
+        ({"prompt_token_ids": (5,) * MAX_MODEL_LEN}, "prompt", "512 tokens, the context holds 512"),
+        ({"messages": ({"role": "user", "content": "word " * 600},)}, "messages", "the context holds 512"),
+        ({"prompt_token_ids": (5,) * 500, "max_tokens": 13}, "max_tokens", "together 513"),
+        ({"prompt": "hi", "max_tokens": 3, "min_tokens": 4}, "min_tokens", "at most 3"),
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": "\ud800"}, "prompt", "cannot be tokenized"),
+        ({"prompt_token_ids": (49152,)}, "prompt", "token id 49152 is outside the vocabulary of 49152"),
+        ({"prompt_token_ids": (-1,)}, "prompt", "token id -1"),
+        ({"messages": ()}, "messages", "empty"),
+        ({"messages": ({"role": "user"},)}, "messages", "cannot be tokenized"),
+        ({"prompt": "hi", "prompt_token_ids": (5,)}, "prompt", "exactly one"),
+        ({"prompt": "hi", "temperature": -0.1}, "temperature", "-0.1"),
+        ({"prompt": "hi", "temperature": math.inf}, "temperature", "inf"),
+        ({"prompt": "hi", "top_p": 0.0}, "top_p", "0.0"),
+        ({"prompt": "hi", "max_tokens": 0}, "max_tokens", "0"),
+        ({"prompt": "hi", "stop": ("",)}, "stop", "at least one character"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_refused_by_field(
+    engine: TransformersEngine, options: dict, param: str, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        answer(engine, ask(None, **options))
+    assert caught.value.param == param
+    assert engine.health().num_running == 0
+
+
+def test_an_adapter_that_is_not_served_is_refused_and_never_answered_by_the_base(engine: TransformersEngine) -> None:
+    with pytest.raises(UnknownAdapter, match="'nobody'"):
+        answer(engine, ask("nobody", prompt="hi"))
+    with pytest.raises(HomeUnavailable, match="connection refused"):
+        answer(engine, ask("unreachable", prompt="hi"))
+    with pytest.raises(HomeUnavailable, match=r"cluster:9.*not given to this engine"):
+        answer(engine, ask("elsewhere", prompt="hi"))
+
+
+def test_an_adapter_whose_output_is_not_finite_fails_alone(
+    engine: TransformersEngine, oracle: dict[str | None, list[int]]
+) -> None:
+    """Neither those prefilled with it, nor those that run beside it, nor who gets its row next are harmed."""
+    broken = ask("nan", prompt=PROMPTS["roman"])
+
+    async def run() -> None:
+        stream = engine.generate(ask("roman", max_tokens=20))
+        tokens = list((await anext(stream)).token_ids)
+        first, base, second = await asyncio.gather(
+            *(collect(engine, request) for request in (broken, ask(None, max_tokens=3), broken)), return_exceptions=True
+        )
+        for failed in (first, second):
+            assert isinstance(failed, ServeError)
+            assert "'nan'" in str(failed)
+        assert isinstance(base, Answer)
+        assert base.token_ids == oracle[None][:3]
+        with pytest.raises(ServeError):
+            await collect(engine, broken)
+        # It gets that very row, and has fewer tokens than the keys and values, NaN throughout, that were in it.
+        assert (await collect(engine, ask("past", max_tokens=4))).token_ids == oracle["past"][:4]
+        async for chunk in stream:
+            tokens += chunk.token_ids
+        assert tokens == oracle["roman"][:20]
+
+    asyncio.run(run())
+
+
+# Rows and homes come and go.
+
+
+def test_closing_a_stream_frees_its_row_for_a_waiting_request(engine: TransformersEngine) -> None:
+    async def run() -> None:
+        async with full_batch(engine) as streams:
+            waiting = asyncio.create_task(collect(engine, ask("past", max_tokens=2)))
+            await until(lambda: engine.health().num_waiting == 1)
+            assert engine.health().num_running == MAX_BATCH
+            assert not waiting.done()
+            await streams[3].aclose()
+            assert len((await waiting).token_ids) == 2
+            await until(lambda: engine.health().num_running == MAX_BATCH - 1)
+        await until(lambda: engine.health().num_running == 0)
+
+    asyncio.run(run())
+
+
+def test_cancelling_the_consumer_frees_running_and_waiting_requests(engine: TransformersEngine) -> None:
+    async def run() -> None:
+        tasks = [asyncio.create_task(collect(engine, ask("past", max_tokens=400))) for _ in range(MAX_BATCH + 2)]
+        await until(lambda: engine.health().num_running == MAX_BATCH and engine.health().num_waiting == 2)
+        for task in tasks:
+            task.cancel()
+        assert all(isinstance(e, asyncio.CancelledError) for e in await asyncio.gather(*tasks, return_exceptions=True))
+        await until(lambda: (engine.health().num_running, engine.health().num_waiting) == (0, 0))
+
+    asyncio.run(run())
+
+
+def test_a_loop_that_closes_under_its_requests_leaves_the_engine_well(
+    engine: TransformersEngine, oracle: dict[str | None, list[int]]
+) -> None:
+    loop = asyncio.new_event_loop()
+    stream = engine.generate(ask("past", max_tokens=400, ignore_eos=True))
+    loop.run_until_complete(anext(stream))
+    loop.close()
+    assert answer(engine, ask("past", max_tokens=6))[0].token_ids == oracle["past"][:6]
+    asyncio.run(until(lambda: engine.health().num_running == 0))
+
+
+def test_detach_lets_running_requests_finish_and_attach_serves_again(
+    engine: TransformersEngine, oracle: dict[str | None, list[int]]
+) -> None:
+    async def run() -> None:
+        stream = engine.generate(ask("roman", max_tokens=16))
+        tokens = list((await anext(stream)).token_ids)
+        detaching = asyncio.create_task(engine.detach("cluster:1"))
+        await until(lambda: engine.health().homes["cluster:1"] != "ready")
+        with pytest.raises(HomeUnavailable, match="detached"):
+            await collect(engine, ask("last-letter"))
+        assert (await collect(engine, ask("past", max_tokens=3))).token_ids == oracle["past"][:3]
+        assert not detaching.done()
+        async for chunk in stream:
+            tokens += chunk.token_ids
+        assert tokens == oracle["roman"][:16]
+        await detaching
+        assert engine.health().homes["cluster:1"] == "detached"
+
+        await engine.attach("cluster:1")
+        assert engine.health().homes["cluster:1"] == "ready"
+        again = await collect(engine, ask("last-letter", max_tokens=8))
+        assert again.token_ids == oracle["last-letter"][:8]
+
+    asyncio.run(run())
+
+
+def test_a_home_can_be_attached_once_its_store_is_back(engine: TransformersEngine, homes: Homes, oracle) -> None:
+    async def run() -> list[int]:
+        with pytest.raises(StoreUnreachable):
+            await engine.attach(BROKEN["unreachable"])
+        assert "connection refused" in engine.health().homes[BROKEN["unreachable"]]
+        homes.store_is_up = True
+        await engine.attach(BROKEN["unreachable"])
+        return (await collect(engine, ask("unreachable", prompt=PROMPTS["roman"], max_tokens=8))).token_ids
+
+    assert asyncio.run(run()) == oracle["roman"][:8]
+    with pytest.raises(BundleError, match=r"model\.layers\.99"):
+        asyncio.run(engine.attach(BROKEN["alien"]))
+
+
+# The engine's own end.
+
+
+def test_a_step_that_fails_ends_the_engine_with_its_reason(base_path: Path, homes: Homes, caplog) -> None:
+    # A slot that no manifest would have let through: the gather of its core fails in the middle of a step.
+    wrong = ServingMap("the-base", MappingProxyType({"wrong": served("wrong", "cluster:1", -7)}))
+    engine = TransformersEngine(base_path, wrong, ["cluster:1"], homes.load, EngineSettings(max_batch=2))
+
+    async def run() -> None:
+        with pytest.raises(EngineStopped, match="has not been started"):
+            await collect(engine, ask(None, max_tokens=400))
+        await engine.start()
+        bystander = engine.generate(ask(None, max_tokens=400))
+        await anext(bystander)
+        caplog.set_level(logging.CRITICAL, logger="serve_app")
+        with pytest.raises(EngineStopped, match="a step failed: IndexError"):
+            await collect(engine, ask("wrong", prompt="hi"))
+        with pytest.raises(EngineStopped, match="a step failed"):
+            async for _ in bystander:
+                pass
+        assert not engine.health().alive
+        assert (engine.health().num_running, engine.health().num_waiting) == (0, 0)
+        for refused in (collect(engine, ask(None)), engine.attach("cluster:1"), engine.detach("cluster:1")):
+            with pytest.raises(EngineStopped, match="a step failed"):
+                await refused
+        await engine.stop()
+
+    asyncio.run(run())
+
+
+def test_stop_ends_what_runs_and_what_waits(base_path: Path, homes: Homes) -> None:
+    settings = EngineSettings(max_batch=1, max_model_len=64, dtype="bfloat16")
+    engine = TransformersEngine(base_path, serving_map(), ["cluster:0"], homes.load, settings)
+
+    async def run() -> None:
+        await engine.start()
+        text = (await collect(engine, ask("number-en", max_tokens=6))).text
+        assert text.startswith(" four hundred and fifty\n")
+        running = engine.generate(ask(None, ignore_eos=True, max_tokens=50))
+        await anext(running)
+        waiting = asyncio.create_task(collect(engine, ask("number-en")))
+        await until(lambda: engine.health().num_waiting == 1)
+        await engine.stop()
+        assert not engine.health().alive
+        with pytest.raises(EngineStopped, match="it was stopped"):
+            async for _ in running:
+                pass
+        with pytest.raises(EngineStopped, match="it was stopped"):
+            await waiting
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral", "sliding_window": 1024}, "sliding_window is 1024"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 10, "sliding_window": 1024},
+         "layers of type sliding_attention"),
+        ({"max_position_embeddings": 1024}, "max_position_embeddings 1024"),
+        ({"model_type": "t5"}, "encoder-decoder"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e5, "original_max_position_embeddings": 1024,
+                              "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}}, "beyond 1024 tokens"),
+    ],
+)  # fmt: skip
+def test_a_base_the_loop_cannot_serve_rightly_is_refused_at_start(
+    base_path: Path, tmp_path: Path, changes: dict, message: str
+) -> None:
+    config = json.loads((base_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    engine = TransformersEngine(tmp_path, ServingMap("b", {}), [], lambda home: {}, EngineSettings(max_model_len=2048))
+    with pytest.raises(ConfigError, match=message):
+        asyncio.run(engine.start())
+    assert not engine.health().alive
+
+
+def test_a_base_with_missing_tensors_is_refused_rather_than_filled_with_noise(base_path: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    shutil.copytree(base_path, tmp_path / "base")
+    tensors = load_file(base_path / "model.safetensors")
+    del tensors["model.layers.7.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    for folder, message in (
+        (tmp_path / "base", "model.layers.7.mlp.up_proj.weight"),
+        (tmp_path / "no", "no such folder"),
+    ):
+        engine = TransformersEngine(folder, ServingMap("b", {}), [], lambda home: {}, EngineSettings())
+        with pytest.raises(BaseModelError, match=message):
+            asyncio.run(engine.start())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"device": "tpu"},
+        {"device": "mps"},
+        {"dtype": "int8"},
+        {"max_batch": 0},
+        {"max_model_len": 1},
+        {"num_threads": 0},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(wrong: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        EngineSettings(**wrong)

@@ -1,0 +1,210 @@
+"""Requests in OpenAI's form: honoured, accepted at a neutral value, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from cluster.errors import EngineStopped, HomeUnavailable, RequestError, UnknownAdapter
+from serve_app.engine.protocol import GenerationChunk, GenerationRequest
+from serve_app.openai.answers import Answering, page
+from serve_app.openai.errors import ApiError, as_api_error
+from serve_app.openai.requests import NEUTRAL, ChatRequest, CompletionRequest, parse_request
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION = {"model": "m", "prompt": "hi"}
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return parse_request(ChatRequest, json.dumps(CHAT | fields).encode())
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return parse_request(CompletionRequest, json.dumps(COMPLETION | fields).encode())
+
+
+def test_every_honoured_field_reaches_the_engine() -> None:
+    request = chat(
+        max_tokens=5, min_tokens=2, ignore_eos=True, temperature=0.5, top_p=0.9, stop=["a", "b"], seed=-7, stream=True
+    )
+    assert request.generations("id", "m") == [
+        GenerationRequest(
+            "id-0",
+            "m",
+            messages=({"role": "user", "content": "hi"},),
+            max_tokens=5,
+            min_tokens=2,
+            ignore_eos=True,
+            temperature=0.5,
+            top_p=0.9,
+            stop=("a", "b"),
+            seed=-7,
+        )
+    ]
+
+
+def test_defaults_are_openais() -> None:
+    [of_chat], [of_completion] = chat().generations("id", None), completion().generations("id", None)
+    assert (of_chat.max_tokens, of_chat.temperature, of_chat.top_p, of_chat.seed) == (None, 1.0, 1.0, None)
+    assert of_completion.max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a", [("a", None)]),
+        (["a", "b"], [("a", None), ("b", None)]),
+        ([1, 2], [(None, (1, 2))]),
+        ([[1, 2], [3]], [(None, (1, 2)), (None, (3,))]),
+    ],
+)
+def test_the_four_forms_of_a_prompt(prompt: Any, expected: list[Any]) -> None:
+    requests = completion(prompt=prompt).generations("id", None)
+    assert [(r.prompt, r.prompt_token_ids) for r in requests] == expected
+    assert [r.request_id for r in requests] == [f"id-{i}" for i in range(len(expected))]
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], [[1], 2], [-1], [True], [1.5], 3, None, {"a": 1}, [["a"]]])
+def test_a_prompt_of_any_other_form_is_refused(prompt: Any) -> None:
+    with pytest.raises(ApiError) as caught:
+        completion(prompt=prompt)
+    assert (caught.value.status, caught.value.param) == (400, "prompt")
+
+
+def test_text_parts_are_joined_and_echoed_nulls_of_a_message_accepted() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [
+        {"role": "system", "content": parts},
+        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
+        {"role": "user", "content": "d"},
+    ]
+    [request] = chat(messages=messages).generations("id", None)
+    assert request.messages is not None
+    assert [m["content"] for m in request.messages] == ["a\nb", "c", "d"]
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
+def test_a_field_that_is_not_done_is_accepted_at_its_neutral_values_and_refused_at_others(name: str) -> None:
+    expected = chat()
+    for neutral in (None, *NEUTRAL[name]):
+        assert chat(**{name: neutral}) == expected
+    with pytest.raises(ApiError) as caught:
+        chat(**{name: "something else"})
+    assert (caught.value.status, caught.value.param) == (400, name)
+    assert name in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"frobnicate": 1}, "frobnicate"),
+        ({"frobnicate": None}, "frobnicate"),
+        ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logprobs": True}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"user": "someone"}, "user"),
+        ({"model": None}, "model"),
+        ({"model": 3}, "model"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x", "name": "bob"}]}, "messages[0].name"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 2.5}, "max_tokens"),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
+        ({"max_tokens": 4, "min_tokens": 5}, "min_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"seed": 2**63}, "seed"),
+        ({"stream": 1}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        chat(**fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
+    assert param in caught.value.message
+
+
+def test_an_image_in_a_message_is_refused_at_its_place() -> None:
+    with pytest.raises(ApiError) as caught:
+        chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
+    assert caught.value.param is not None
+    assert caught.value.param.startswith("messages[0].content")
+
+
+def test_equal_token_limits_are_one_limit() -> None:
+    assert chat(max_tokens=4, max_completion_tokens=4).max_new_tokens == 4
+    assert completion(max_tokens=4, max_completion_tokens=4).max_new_tokens == 4
+    assert completion(max_completion_tokens=3).max_new_tokens == 3
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b'"x"', b"[" * 100_000])
+def test_a_body_that_is_no_json_object_is_a_400(body: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_request(ChatRequest, body)
+    assert caught.value.status == 400
+    assert set(caught.value.body["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (RequestError("too long", "prompt"), 400, None),
+        (UnknownAdapter("no such"), 404, "model_not_found"),
+        (HomeUnavailable("broken"), 503, "service_unavailable"),
+        (EngineStopped("dead"), 503, "service_unavailable"),
+        (TimeoutError(), 504, "timeout"),
+        (RuntimeError("a secret path"), 500, "internal"),
+    ],
+)
+def test_every_error_has_its_status_and_a_bug_tells_nothing(error: Exception, status: int, code: str | None) -> None:
+    answer = as_api_error(error)
+    assert (answer.status, answer.code) == (status, code)
+    assert "secret" not in json.dumps(answer.body)
+
+
+def test_usage_is_summed_over_prompts_and_choices_keep_their_index() -> None:
+    answering = Answering("id", "m", "rev", chat=False, num_choices=2, include_usage=False)
+    answering.add(1, GenerationChunk("x", (1,), 5, 1))
+    answering.add(0, GenerationChunk("a", (1,), 3, 1, "length"))
+    answering.add(1, GenerationChunk("y", (2,), 5, 2, "stop"))
+    whole = answering.whole().model_dump(exclude_unset=True)
+    assert whole["usage"] == {"prompt_tokens": 8, "completion_tokens": 3, "total_tokens": 11}
+    assert [(c["index"], c["text"], c["finish_reason"]) for c in whole["choices"]] == [
+        (0, "a", "length"),
+        (1, "xy", "stop"),
+    ]
+
+
+def test_usage_is_null_in_the_chunks_of_a_stream_that_asked_for_it_and_absent_in_others() -> None:
+    chunk = GenerationChunk("x", (1,), 5, 1)
+    asked, not_asked = (Answering("id", "m", "rev", True, 1, include_usage=asked) for asked in (True, False))
+    assert json.loads(asked.piece(0, chunk).model_dump_json(exclude_unset=True))["usage"] is None
+    assert "usage" not in json.loads(not_asked.piece(0, chunk).model_dump_json(exclude_unset=True))
+
+
+def test_pages_follow_each_other_without_gap_or_overlap() -> None:
+    ids, seen, after = sorted(f"m{i}" for i in range(10)), [], None
+    while True:
+        got, has_more = page(ids, after, 3)
+        seen += got
+        after = got[-1]
+        if not has_more:
+            break
+    assert seen == ids
+    assert page(ids, "m4x", 2) == (["m5", "m6"], True)

@@ -1,0 +1,120 @@
+"""The application's argument dictionary, as a command line and as a config file write it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from cluster.errors import ConfigError
+from serve_app.arguments import Arguments, LimitArguments, PlacementArguments, known_keys, parse_arguments
+from tests.support.paths import REPOSITORY
+
+NEEDED = {"bundle": "out", "base": "base"}
+
+
+def test_strings_of_a_command_line_mean_what_the_yaml_of_a_config_file_means() -> None:
+    flat = {
+        "revision": "3",
+        "dtype": "bfloat16",
+        "placement.clusters_per_group": "2",
+        "placement.num_cpus": "0.5",
+        "placement.device_memory": "80GiB",
+        "limits.max_batch": "16",
+        "limits.request_timeout_s": "2.5",
+    }
+    nested = {
+        "revision": 3,
+        "dtype": "bfloat16",
+        "placement": {"clusters_per_group": 2, "num_cpus": 0.5, "device_memory": 80 * 2**30},
+        "limits": {"max_batch": 16, "request_timeout_s": 2.5},
+    }
+    expected = Arguments(
+        "out",
+        "base",
+        revision=3,
+        dtype="bfloat16",
+        placement=PlacementArguments(clusters_per_group=2, num_cpus=0.5, device_memory=85899345920),
+        limits=LimitArguments(max_batch=16, request_timeout_s=2.5),
+    )
+    assert parse_arguments(NEEDED | flat) == parse_arguments(NEEDED | nested) == expected
+
+
+def test_null_means_the_default() -> None:
+    assert parse_arguments({**NEEDED, "revision": None, "placement": None}) == Arguments("out", "base")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ({"clusters": 2}, "'clusters'"),
+        ({"placement": {"gpus": 2}}, "'placement.gpus'"),
+        ({"limits.max_bach": "2"}, "'limits.max_bach'"),
+    ],
+)
+def test_an_unknown_key_is_refused_by_name_beside_the_known_ones(args: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(NEEDED | args)
+    assert named in str(caught.value)
+    assert all(key in str(caught.value) for key in known_keys())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bundle", ""),
+        ("revision", "-1"),
+        ("revision", True),
+        ("engine", "sglang"),
+        ("device", "tpu"),
+        ("dtype", "int8"),
+        ("placement.clusters_per_group", "0"),
+        ("placement.clusters_per_group", "some"),
+        ("placement.devices", 1.5),
+        ("placement.replicas", "two"),
+        ("placement.num_cpus", "nan"),
+        ("placement.num_cpus", 0),
+        ("placement.device_memory", "80 gigs"),
+        ("limits.max_batch", 0),
+        ("limits.max_inflight", "1e3"),
+        ("limits.request_timeout_s", "inf"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key_and_what_was_seen(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments({**NEEDED, key: value})
+    assert key in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["bundle", "base"])
+def test_a_missing_key_is_named(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        parse_arguments({name: value for name, value in NEEDED.items() if name != key})
+
+
+def test_an_option_given_nested_and_flat_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"limits\.max_batch is given twice"):
+        parse_arguments({**NEEDED, "limits": {"max_batch": 2}, "limits.max_batch": "3"})
+
+
+def test_a_request_that_could_never_be_admitted_is_no_limit() -> None:
+    with pytest.raises(ConfigError, match=r"max_prompts is 64, more than limits\.max_inflight 8"):
+        parse_arguments({**NEEDED, "limits": {"max_inflight": 8}})
+
+
+def test_the_shipped_serve_config_is_valid_for_ray_and_for_us() -> None:
+    path = REPOSITORY / "infra" / "serve.yaml"
+    document = yaml.safe_load(path.read_text())
+    config = ServeDeploySchema.model_validate(document)
+    [application] = config.applications
+    assert application.import_path == "serve_app.app:build"
+    assert application.runtime_env == {}
+    assert config.http_options.host == "127.0.0.1"
+    arguments = parse_arguments(application.args)
+    # It teaches every default, and the file says the same as the code.
+    assert arguments == Arguments(arguments.bundle, arguments.base)
+    flat = set(application.args) | {f"{g}.{key}" for g in ("placement", "limits") for key in application.args[g]}
+    assert set(known_keys()) - flat == {"revision"}

@@ -1,0 +1,156 @@
+"""Bundles written straight from real adapters, without the compression job: lossless clusters and raw factors.
+
+A cluster of adapters B_i A_i (scale folded) is exact with U, V orthonormal bases of [B_1 ... B_n] and
+[A_1^T ... A_n^T], and S_i = (U^T B_i)(A_i V).
+
+With diagonal cores it is exact where U and V are all B_i and A_i^T side by side, columns of norm 1, and each core
+holds the norms of its own columns and zeros elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from cluster.adapters.base import read_base
+from cluster.bundle.manifest import (
+    Adapter,
+    Base,
+    Cluster,
+    Manifest,
+    Method,
+    ModuleShape,
+    canonical_json,
+    served_revision,
+)
+from cluster.bundle.reading import manifest_key, object_key
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Module -> A (q, d_in), B (d_out, q) with the scale folded in."""
+
+
+def read_factors(folder: Path) -> Factors:
+    """An adapter of the zoo, read by this file's own few lines: no rank or alpha patterns there."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    modules = sorted({key.split(".lora_")[0] for key in tensors})
+    return {
+        module.removeprefix("base_model.model."): (
+            tensors[f"{module}.lora_A.weight"].float(),
+            tensors[f"{module}.lora_B.weight"].float() * scale,
+        )
+        for module in modules
+    }
+
+
+def write_bundle(
+    out: Path,
+    base_path: Path,
+    clusters: Mapping[str, Mapping[str, Path]],
+    raw: Mapping[str, Path],
+    diagonal: Collection[str] = (),
+) -> Manifest:
+    """Publish at ``out``: cluster name -> (adapter id -> folder), and raw adapter id -> folder. The clusters of
+    ``diagonal`` get diagonal cores."""
+    objects: dict[str, int] = {}
+    adapters: dict[str, Adapter] = {}
+    cluster_entries: dict[str, Cluster] = {}
+    shapes: dict[str, ModuleShape] = {}
+
+    def put(tensors: dict[str, Tensor]) -> str:
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        sha = "sha256:" + hashlib.sha256(data).hexdigest()
+        _write(out / object_key(sha), data)
+        objects[sha] = len(data)
+        return sha
+
+    def entry(adapter_id: str, folder: Path, mode: str, hashes: Sequence[str], **place: object) -> Adapter:
+        version = "sha256:" + hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+        errors = {"error": 0.0, "error_unweighted": 0.0, "error_worst_module": 0.0}
+        served = served_revision(mode, *hashes)
+        return Adapter(version=version, etag="test", mode=mode, served=served, **errors, **place)  # type: ignore[arg-type]
+
+    for name, folders in clusters.items():
+        members = [read_factors(folder) for folder in folders.values()]
+        basis, cores = (diagonal_cluster if name in diagonal else lossless_cluster)(members)
+        for module in members[0]:
+            shapes[module] = ModuleShape(basis[f"{module}.U"].shape[0], basis[f"{module}.V"].shape[0])
+        cluster_entries[name] = Cluster(put(basis), put(cores), len(members))
+        for slot, (adapter_id, folder) in enumerate(folders.items()):
+            hashes = [cluster_entries[name].basis, cluster_entries[name].cores, str(slot)]
+            adapters[adapter_id] = entry(adapter_id, folder, "core", hashes, cluster=name, slot=slot)
+    for adapter_id, folder in raw.items():
+        factors = read_factors(folder)
+        tensors = {}
+        for module, (A, B) in factors.items():
+            tensors |= {f"{module}.A": A, f"{module}.B": B}
+            shapes[module] = ModuleShape(B.shape[0], A.shape[1])
+        sha = put(tensors)
+        adapters[adapter_id] = entry(
+            adapter_id, folder, "raw", [sha], factors=sha, rank=max(len(A) for A, _ in factors.values())
+        )
+    base = read_base(str(base_path))
+    manifest = Manifest(
+        bundle="",
+        revision=0,
+        parent=None,
+        base=Base(base.name, base.fingerprint),
+        method=Method("jd-diag" if diagonal else "jd-full", len(clusters), 64, 0, "float32", 1.0, tuple(raw)),
+        modules=shapes,
+        clusters=cluster_entries,
+        adapters=adapters,
+        refused={},
+        objects=objects,
+    ).with_own_id()
+    _write(out / manifest_key(manifest.bundle, 0), manifest.to_json())
+    _write(out / "CURRENT", canonical_json({"bundle": manifest.bundle, "revision": 0, "token": "test"}))
+    return manifest
+
+
+def lossless_cluster(members: Sequence[Factors]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of the basis and of the cores; the members touch the same modules."""
+    basis, cores = {}, {}
+    for module in members[0]:
+        pairs = [member[module] for member in members]
+        U, _ = torch.linalg.qr(torch.cat([B for _, B in pairs], dim=1))
+        V, _ = torch.linalg.qr(torch.cat([A.T for A, _ in pairs], dim=1))
+        basis |= {f"{module}.U": U, f"{module}.V": V}
+        cores[module] = torch.stack([(U.T @ B) @ (A @ V) for A, B in pairs])
+    return basis, cores
+
+
+def diagonal_cluster(members: Sequence[Factors]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same with cores (n, sum of ranks)."""
+    basis, cores = {}, {}
+    for module in members[0]:
+        pairs = [member[module] for member in members]
+        U, V = torch.cat([B for _, B in pairs], dim=1), torch.cat([A.T for A, _ in pairs], dim=1)
+        norms = U.norm(dim=0) * V.norm(dim=0)
+        basis |= {f"{module}.U": U / U.norm(dim=0), f"{module}.V": V / V.norm(dim=0)}
+        ends = torch.tensor([len(A) for A, _ in pairs]).cumsum(0).tolist()
+        cores[module] = torch.zeros(len(pairs), len(norms))
+        for slot, (end, (A, _)) in enumerate(zip(ends, pairs, strict=True)):
+            own = slice(end - len(A), end)
+            cores[module][slot, own] = norms[own]
+    return basis, cores
+
+
+def flip_a_byte(path: Path) -> None:
+    """In the middle of the file, without changing its length."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x01
+    path.write_bytes(data)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
