@@ -21,6 +21,14 @@ from cluster.errors import BundleError
 
 
 @dataclass(frozen=True)
+class ModuleShape:
+    """A linear layer y = W x with W (d_out, d_in)."""
+
+    d_out: int
+    d_in: int
+
+
+@dataclass(frozen=True)
 class ModuleWeights:
     """One module of one home: slot s adds U S_s V^T (with ``cores`` None: U V^T)."""
 

@@ -21,7 +21,7 @@ from cluster.adapters.base import read_base
 from cluster.bundle.manifest import Manifest
 from cluster.bundle.reading import Bundle
 from cluster.errors import ConfigError
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 from serve_app.arguments import Arguments, parse_arguments
 from serve_app.engine.vllm.plugin.compatibility import NOT_INSTALLED, vllm_version
 from serve_app.http.routes import make_api

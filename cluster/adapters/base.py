@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.adapters.tensor_file import TensorPlace, read_header
-from cluster.bundle.manifest import ModuleShape, canonical_json
 from cluster.errors import BaseModelError, StoreMissing
-from cluster.store.protocol import Store, open_store
+from cluster.hashing import canonical_json
+from cluster.layer import ModuleShape
+from cluster.store.address import open_store
+from cluster.store.protocol import Store
 
 # Written by whoever saved the files, without meaning for what the model computes.
 _VOLATILE_KEYS = ("_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "use_cache")

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from cluster.adapters.reading import Factors
+from cluster.adapters.factors import Factors
 from cluster.bundle.reading import Bundle
 from cluster.errors import ConfigError, UnknownAdapter
 from cluster.layer import ModuleWeights

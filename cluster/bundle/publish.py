@@ -11,7 +11,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from cluster.bundle.manifest import Manifest
-from cluster.bundle.reading import Current, manifest_key, object_key, read_current, read_manifest, revision_key
+from cluster.bundle.revisions import Current, manifest_key, object_key, read_current, read_manifest, revision_key
 from cluster.errors import BundleError, PublishConflict, StoreConflict, StoreMissing
 from cluster.store.protocol import Store
 

@@ -1,79 +1,27 @@
 """Reading a bundle: from its address to verified tensors.
 
-    <out>/CURRENT                                          which bundle and revision is current
-    <out>/bundles/<bundle_id>/revisions/<n>/manifest.json  what has no manifest does not exist
-    <out>/objects/<sha256>.safetensors                     content-addressed tensors
-
 Every object is checked against its hash, its tensors against the manifest: a reader never hands on bytes
 that the job did not write.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from dataclasses import dataclass
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from cluster.bundle.manifest import Adapter, Cluster, Manifest, parse_manifest
+from cluster.bundle.manifest import Adapter, Cluster, Manifest
+from cluster.bundle.revisions import newest_revision, parse_current, read_current, read_manifest, read_object
 from cluster.bundle.serving_map import ServingMap
 from cluster.errors import BundleError, ConfigError, StoreMissing
 from cluster.layer import ModuleWeights
-from cluster.store.protocol import Blob, Store, open_store
+from cluster.store.address import open_store
+from cluster.store.protocol import Store
 
 HomeWeights = dict[str, ModuleWeights]
 """Module name -> its weights, for one home."""
 
-_BUNDLE_ID = re.compile(r"b-[0-9a-f]{16}")
-_REVISION = re.compile(r"0|[1-9][0-9]*")
 _PINNED = re.compile(r"(?P<out>.+)/bundles/(?P<bundle>b-[0-9a-f]{16})/?")
-
-
-@dataclass(frozen=True)
-class Current:
-    """Content of CURRENT. ``token`` is the writer's own, by which it recognises a lost answer."""
-
-    bundle: str
-    revision: int
-    token: str
-
-
-def object_key(sha: str) -> str:
-    return f"objects/{sha.removeprefix('sha256:')}.safetensors"
-
-
-def manifest_key(bundle: str, revision: int) -> str:
-    return revision_key(bundle, revision, "manifest.json")
-
-
-def revision_key(bundle: str, revision: int, name: str) -> str:
-    """Of a file beside the manifest."""
-    return f"bundles/{bundle}/revisions/{revision}/{name}"
-
-
-def read_current(store: Store) -> tuple[Current, str] | None:
-    """CURRENT and its ETag, or None where nothing was ever published."""
-    try:
-        return _parse_current(store, store.read("CURRENT"))
-    except StoreMissing:
-        return None
-
-
-def _parse_current(store: Store, blob: Blob) -> tuple[Current, str]:
-    try:
-        current = Current(**json.loads(blob.data))
-        if _BUNDLE_ID.fullmatch(current.bundle) is None or type(current.revision) is not int or current.revision < 0:
-            raise ValueError
-    except (ValueError, TypeError, RecursionError):
-        raise BundleError(
-            f"{store.uri}/CURRENT is {blob.data[:80]!r}, expected bundle, revision and token as JSON; "
-            "delete it to start over, or point it at a published revision"
-        ) from None
-    return current, blob.etag
 
 
 class Bundle:
@@ -102,7 +50,7 @@ class Bundle:
             number = _standing_revision(store, bundle) if revision is None else revision
         else:
             try:
-                current, _ = _parse_current(store, store.read("CURRENT"))
+                current, _ = parse_current(store, store.read("CURRENT"))
             except StoreMissing as error:
                 # Its text tells a missing bucket from a missing object.
                 raise StoreMissing(
@@ -187,47 +135,6 @@ def _standing_revision(store: Store, bundle: str) -> int:
     if current is not None and current[0].bundle == bundle:
         return current[0].revision
     return newest_revision(store, bundle)
-
-
-def newest_revision(store: Store, bundle: str) -> int:
-    """The highest revision with a manifest. Raises StoreMissing when there is none."""
-    prefix = f"bundles/{bundle}/revisions/"
-    numbers = [
-        int(part[0])
-        for entry in store.list(prefix)
-        if _REVISION.fullmatch((part := entry.key.removeprefix(prefix).split("/"))[0]) and part[1:] == ["manifest.json"]
-    ]
-    if not numbers:
-        raise StoreMissing(f"{store.uri}: no bundle {bundle!r} there; look at {store.uri}/bundles/ for those that are")
-    return max(numbers)
-
-
-def read_manifest(store: Store, bundle: str, revision: int) -> Manifest:
-    """Raises StoreMissing when it is not there, BundleError when it is not a valid manifest of that name."""
-    key = manifest_key(bundle, revision)
-    manifest = parse_manifest(store.read(key).data, f"{store.uri}/{key}")
-    if (manifest.bundle, manifest.revision) != (bundle, revision):
-        raise BundleError(
-            f"{store.uri}/{key} calls itself {manifest.bundle} revision {manifest.revision}; "
-            "a manifest cannot be moved or copied, publish it again"
-        )
-    return manifest
-
-
-def read_object(store: Store, sha: str, where: str) -> dict[str, Tensor]:
-    """Tensors of a content-addressed object. Raises BundleError when its bytes do not have that hash."""
-    data = store.read(object_key(sha)).data
-    seen = "sha256:" + hashlib.sha256(data).hexdigest()
-    if seen != sha:
-        raise BundleError(
-            f"{where}: object {object_key(sha)} is corrupt: its hash is {seen[:19]}..., {sha[:19]}... was written; "
-            "delete it and run the compression job again"
-        )
-    try:
-        tensors: dict[str, Tensor] = load_tensors(data)
-        return tensors
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise BundleError(f"{where}: object {object_key(sha)} is not safetensors ({error})") from None
 
 
 def _pair(tensors: dict[str, Tensor], module: str, names: tuple[str, str], where: str) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.adapters.reading import AdapterRecord
-from cluster.bundle.manifest import ModuleShape
+from cluster.adapters.record import AdapterRecord
 from cluster.compression.balanced import Labels, balanced_kmeans, random_balanced
 from cluster.compression.clustering import adapter_errors, joint_features
 from cluster.compression.sample import Sample
+from cluster.layer import ModuleShape
 
 _FEATURE_RANK = 16
 

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.compression.balanced import Labels, balanced_assignment, balanced_kmeans, random_balanced
-from cluster.compression.jd_full import Basis, captured_energy, jd_full, relative_errors, unit_cores
+from cluster.compression.basis import Basis, captured_energy, relative_errors, unit_cores
+from cluster.compression.jd_full import jd_full
 from cluster.compression.methods import METHODS
 from cluster.compression.sample import Sample
 from cluster.compression.stack import FactorStack

@@ -19,7 +19,7 @@ What the steps minimise, and never let rise, is to first order the error expecte
 
     sum_i ( ||M_i - U diag(s_i) V^T||^2 + RIDGE sum_k s_ik^2 ||u_k||^2 ||v_k||^2 )
 
-Legend as in factors.py.
+Legend as in stack.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cluster.compression.jd_full import Basis, unit_diagonals
+from cluster.compression.basis import Basis, unit_diagonals
 from cluster.compression.stack import FactorStack
 from cluster.compression.svd import dominant_pairs
 

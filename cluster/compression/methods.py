@@ -4,7 +4,7 @@
     cores = METHODS["jd-full"].cores(stack, basis)        # (n, r_U, r_V), or (n, r) where cores are diagonal
 
 ``cores`` takes any basis: the one just fitted, one that storage has rounded, or one that was fitted without
-these adapters. How good they are on it is ``cluster.compression.jd_full.relative_errors``, whatever the method.
+these adapters. How good they are on it is ``basis.relative_errors``, whatever the method.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from cluster.compression.basis import Basis, unit_cores
 from cluster.compression.jd_diag import diagonal_cores, jd_diag
-from cluster.compression.jd_full import Basis, jd_full, unit_cores
+from cluster.compression.jd_full import jd_full
 from cluster.compression.stack import FactorStack
 
 

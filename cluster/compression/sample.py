@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.adapters.reading import AdapterRecord
+from cluster.adapters.record import AdapterRecord
 from cluster.compression.stack import FactorStack
 
 

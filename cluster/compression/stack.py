@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from cluster.adapters.reading import Factors, gram_energy
+from cluster.adapters.factors import Factors, gram_energy
 
 
 @dataclass(frozen=True)

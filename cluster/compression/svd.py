@@ -1,6 +1,6 @@
 """Per-adapter truncated SVD: the grade below a shared basis, and the baseline beside every joint figure.
 
-Legend as in factors.py; M = B A with A (R, d_in), B (d_out, R).
+Legend as in stack.py; M = B A with A (R, d_in), B (d_out, R).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.adapters.reading import Factors
+from cluster.adapters.factors import Factors
 from cluster.compression.stack import FactorStack
 
 # Of a unit-norm adapter's energy: what float32 products leave uncertain, and more.

@@ -1,4 +1,4 @@
-"""A folder as a store. Open one with ``cluster.store.protocol.open_store``.
+"""A folder as a store. Open one with ``cluster.store.address.open_store``.
 
 Symlinks are followed, because a Hugging Face cache is made of them. The ETag is cheap: modification time,
 size and inode, so it changes whenever a file is replaced or rewritten, and costs no read.

@@ -1,4 +1,4 @@
-"""An S3 bucket, or a prefix in one, as a store. Open one with ``cluster.store.protocol.open_store``.
+"""An S3 bucket, or a prefix in one, as a store. Open one with ``cluster.store.address.open_store``.
 
 Two layers of bounded retries. botocore's own ("standard" mode) takes connection errors, time-outs and short
 throttling, with backoff: an endpoint that does not answer is given up in less than 30 s. Around it, one more

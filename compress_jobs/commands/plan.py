@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from cluster.adapters.base import read_base
-from cluster.adapters.reading import list_adapters
+from cluster.adapters.listing import list_adapters
 from cluster.errors import ConfigError
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 from cluster.units import gib, parse_size
 from compress_jobs.quality.estimate import estimate, read_sample, standard_error
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.adapters.reading import AdapterRecord, hash_tensors, read_modules
+from cluster.adapters.reading import read_modules
+from cluster.adapters.record import AdapterRecord
 from cluster.bundle.manifest import served_revision
 from cluster.bundle.publish import StoredObject, put_object
-from cluster.bundle.reading import object_key
+from cluster.bundle.revisions import object_key
 from cluster.errors import AdapterChanged, StoreMissing
+from cluster.hashing import hash_tensors
 from compress_jobs.job.context import JobContext
 from compress_jobs.job.parts import once, read_tensors
 from compress_jobs.job.standalone import StandaloneAdapter, stand_alone

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.adapters.reading import Factors
+from cluster.adapters.factors import Factors
 from cluster.bundle.manifest import tenant_of
 from cluster.compression.choose import Choice, CollectionShape, candidate_labels, choose_rank
 from cluster.compression.clustering import assign_apart, group_by_tenant, joint_features, share_clusters, similarity

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from cluster.adapters.base import BaseModel
-from cluster.adapters.reading import AdapterFiles
-from cluster.bundle.manifest import canonical_json
-from cluster.store.protocol import Store, open_store
+from cluster.adapters.record import AdapterFiles
+from cluster.hashing import canonical_json
+from cluster.store.address import open_store
+from cluster.store.protocol import Store
 from compress_jobs.job.options import RunOptions
 
 # Part of every job's id: parts that were left by code with another idea of them are never picked up.

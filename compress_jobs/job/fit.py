@@ -13,8 +13,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from cluster.adapters.reading import AdapterRecord, Factors, read_modules
-from cluster.compression.jd_full import relative_errors
+from cluster.adapters.factors import Factors
+from cluster.adapters.reading import read_modules
+from cluster.adapters.record import AdapterRecord
+from cluster.compression.basis import relative_errors
 from cluster.compression.methods import METHODS
 from cluster.compression.stack import FactorStack, stack_factors
 from cluster.errors import AdapterChanged

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cluster.adapters.reading import AdapterFiles, AdapterRecord, Factors, read_adapter
+from cluster.adapters.factors import Factors
+from cluster.adapters.reading import read_adapter
+from cluster.adapters.record import AdapterFiles, AdapterRecord
 from cluster.bundle.manifest import Refused
 from cluster.compression.sample import sample_modules
 from cluster.compression.stack import stack_factors

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from cluster.adapters.base import read_base
-from cluster.adapters.reading import AdapterRecord, list_adapters
+from cluster.adapters.listing import list_adapters
+from cluster.adapters.record import AdapterRecord
 from cluster.bundle.manifest import Base, Manifest, Method, Refused
 from cluster.bundle.publish import missing_objects, publish
-from cluster.bundle.reading import read_current, read_manifest, revision_key
+from cluster.bundle.revisions import read_current, read_manifest, revision_key
 from cluster.compression.sample import kind_energies, sample_modules
 from cluster.errors import BundleError, ConfigError, CtsError, InputError, PublishConflict, StoreMissing
 from compress_jobs.job import tasks

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.adapters.reading import Factors, factored_energy, hash_tensors
+from cluster.adapters.factors import Factors, factored_energy
 from cluster.bundle.manifest import Method, served_revision
 from cluster.bundle.publish import StoredObject, put_object
 from cluster.compression.stack import stack_factors
 from cluster.compression.svd import smallest_rank, spectra, truncate
+from cluster.hashing import hash_tensors
 from cluster.store.protocol import Store
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.adapters.reading import AdapterFiles, AdapterRecord
+from cluster.adapters.record import AdapterFiles, AdapterRecord
 from cluster.bundle.manifest import Refused
 from cluster.compression.choose import Choice
 from cluster.store.protocol import Store

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.adapters.reading import list_adapters
+from cluster.adapters.listing import list_adapters
 from cluster.bundle.manifest import Adapter, Manifest
 from cluster.compression.methods import METHODS
 from cluster.errors import StoreMissing
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 from compress_jobs.job.options import RunOptions
 from compress_jobs.lifecycle.revision import Standing, open_current
 from compress_jobs.lifecycle.source import need_known

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.bundle.reading import object_key, read_current, read_manifest
+from cluster.bundle.revisions import object_key, read_current, read_manifest
 from cluster.errors import PublishConflict, StoreMissing
-from cluster.store.protocol import Entry, Store, open_store
+from cluster.store.address import open_store
+from cluster.store.protocol import Entry, Store
 
 _GC = """\
 Delete what is no longer needed: revisions of CURRENT's bundle beyond the newest ones (CURRENT's own is always kept),

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from cluster.adapters.base import BaseModel, read_base
-from cluster.adapters.reading import AdapterFiles, AdapterRecord, Factors, list_adapters, read_adapter
+from cluster.adapters.factors import Factors
+from cluster.adapters.listing import list_adapters
+from cluster.adapters.reading import read_adapter
+from cluster.adapters.record import AdapterFiles, AdapterRecord
 from cluster.bundle.manifest import Manifest, Refused, tenant_of
-from cluster.bundle.reading import read_object
+from cluster.bundle.revisions import read_object
 from cluster.compression.methods import METHODS
 from cluster.errors import AdapterRefused, ConfigError, StoreForbidden, StoreMissing
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 from compress_jobs.job.standalone import stand_alone
 from compress_jobs.job.state import AdapterError
 from compress_jobs.lifecycle.projection import Projection, project

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.adapters.reading import Factors, factored_energy
-from cluster.compression.jd_full import Basis, relative_errors
+from cluster.adapters.factors import Factors, factored_energy
+from cluster.compression.basis import Basis, relative_errors
 from cluster.compression.methods import METHODS
 from cluster.compression.stack import stack_factors
 

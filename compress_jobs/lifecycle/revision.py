@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.adapters.reading import AdapterRecord, hash_tensors
-from cluster.bundle.manifest import Adapter, Cluster, Manifest, ModuleShape, Refused, served_revision
+from cluster.adapters.record import AdapterRecord
+from cluster.bundle.manifest import Adapter, Cluster, Manifest, Refused, served_revision
 from cluster.bundle.publish import publish, put_object
-from cluster.bundle.reading import newest_revision, read_current, read_manifest, read_object
+from cluster.bundle.revisions import newest_revision, read_current, read_manifest, read_object
 from cluster.errors import StoreMissing
-from cluster.store.protocol import Store, open_store
+from cluster.hashing import hash_tensors
+from cluster.layer import ModuleShape
+from cluster.store.address import open_store
+from cluster.store.protocol import Store
 from compress_jobs.job.standalone import StandaloneAdapter
 from compress_jobs.job.state import AdapterError
 from compress_jobs.lifecycle.projection import Projection

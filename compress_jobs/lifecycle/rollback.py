@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.bundle.manifest import Manifest
 from cluster.bundle.publish import missing_objects, move_current
-from cluster.bundle.reading import manifest_key, read_manifest
+from cluster.bundle.revisions import manifest_key, read_manifest
 from cluster.errors import BundleError, ConfigError, StoreConflict, StoreMissing
 from compress_jobs.lifecycle.revision import Standing, open_current
 

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from cluster.adapters.base import read_base
-from cluster.adapters.reading import Factors, factored_energy, list_adapters, read_adapter
+from cluster.adapters.factors import Factors, factored_energy
+from cluster.adapters.listing import list_adapters
+from cluster.adapters.reading import read_adapter
 from cluster.compression.balanced import Labels
 from cluster.compression.clustering import assign
 from cluster.compression.methods import JointMethod
@@ -22,7 +24,7 @@ from cluster.compression.sample import Sample, sample_modules
 from cluster.compression.stack import FactorStack, stack_factors
 from cluster.compression.svd import components_at_equal_bytes, spectra, truncate
 from cluster.errors import AdapterRefused, ConfigError
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 from compress_jobs.progress import say
 
 Adapters = Mapping[str, Mapping[str, Factors]]

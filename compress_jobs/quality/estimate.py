@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.adapters.base import BaseModel
-from cluster.adapters.reading import AdapterFiles, AdapterRecord, Factors, read_adapter
+from cluster.adapters.factors import Factors
+from cluster.adapters.reading import read_adapter
+from cluster.adapters.record import AdapterFiles, AdapterRecord
 from cluster.compression.balanced import random_balanced
 from cluster.compression.choose import CollectionShape, choose_svd
 from cluster.compression.clustering import adapter_errors

@@ -7,11 +7,13 @@ from collections.abc import Collection, Mapping
 import torch
 
 from cluster.adapters.base import read_base
-from cluster.adapters.reading import Factors, list_adapters, read_adapter
+from cluster.adapters.factors import Factors
+from cluster.adapters.listing import list_adapters
+from cluster.adapters.reading import read_adapter
 from cluster.bundle.export import served_factors
 from cluster.bundle.reading import Bundle
 from cluster.errors import AdapterRefused, ConfigError
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 from compress_jobs.progress import say
 from compress_jobs.quality.collection import truncate_to_bytes
 from compress_jobs.quality.examiner import Examiner

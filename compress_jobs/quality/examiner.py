@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cluster.adapters.reading import Factors
+from cluster.adapters.factors import Factors
 from cluster.errors import ConfigError
 from compress_jobs.progress import track
 from compress_jobs.quality.collection import Adapters

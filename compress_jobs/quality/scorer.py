@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from cluster.adapters.reading import Factors
+from cluster.adapters.factors import Factors
 from cluster.errors import ConfigError
 
 MAX_NEW_TOKENS = 24

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bundle.manifest import Manifest
-from cluster.bundle.reading import Bundle, revision_key
+from cluster.bundle.reading import Bundle
+from cluster.bundle.revisions import revision_key
 from cluster.errors import BundleError, ConfigError, StoreMissing
 from compress_jobs.report.facts import Notes, error_figure, served_error, verdict_on_svd
 from compress_jobs.report.page import Section, cards, count, error_text, page, paragraph, size_text, table

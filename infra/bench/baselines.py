@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.adapters.reading import factored_energy
-from cluster.compression.jd_full import Basis, relative_errors
+from cluster.adapters.factors import factored_energy
+from cluster.compression.basis import Basis, relative_errors
 from cluster.compression.stack import FactorStack
 
 

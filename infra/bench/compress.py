@@ -38,9 +38,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.adapters.reading import Factors
+from cluster.adapters.factors import Factors
 from cluster.compression import jd_full as jd
-from cluster.compression.jd_full import Basis, jd_full, leading, relative_errors, unit_cores
+from cluster.compression.basis import Basis, relative_errors, unit_cores
+from cluster.compression.jd_full import jd_full, leading
 from cluster.compression.stack import FactorStack, stack_factors
 from infra.bench import baselines
 from infra.bench.collection import Collection, factors, write

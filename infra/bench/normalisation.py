@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from cluster.compression.jd_full import Basis, jd_full, unit_cores
+from cluster.compression.basis import Basis, unit_cores
+from cluster.compression.jd_full import jd_full
 from cluster.compression.methods import METHODS, JointMethod
 from cluster.compression.stack import FactorStack
 from compress_jobs.quality.collection import Adapters, Collection, compress_jointly, read_collection

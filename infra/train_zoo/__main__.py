@@ -28,7 +28,7 @@ import ray
 import torch
 
 from cluster.adapters.base import read_base
-from cluster.adapters.reading import CONFIG_FILE
+from cluster.adapters.listing import CONFIG_FILE
 from cluster.errors import ConfigError, CtsError
 from compress_jobs.job.tasks import run_bounded
 from compress_jobs.progress import say, track

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.adapters.reading import Factors
+from cluster.adapters.factors import Factors
 from cluster.compression.svd import svd_factors
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.adapters.base import read_base
-from cluster.adapters.reading import CONFIG_FILE, WEIGHTS_FILE, Factors
+from cluster.adapters.factors import Factors
+from cluster.adapters.listing import CONFIG_FILE, WEIGHTS_FILE
 from cluster.errors import CtsError
 from infra.train_zoo.measure import answer_logits, make_batch, score, truncation_error
 from infra.train_zoo.plan import AdapterPlan

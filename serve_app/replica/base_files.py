@@ -16,7 +16,8 @@ from pathlib import Path
 from cluster.adapters.base import read_base
 from cluster.bundle.manifest import Base
 from cluster.errors import BaseModelError, StoreConflict
-from cluster.store.protocol import Entry, Store, open_store
+from cluster.store.address import open_store
+from cluster.store.protocol import Entry, Store
 
 PIECE_BYTES = 64 * 2**20
 # Other formats of the same weights; pickles among them are never loaded.

@@ -14,8 +14,9 @@ import openai
 import pytest
 
 from cluster.bundle.export import export_adapter
-from cluster.bundle.manifest import canonical_json
-from cluster.bundle.reading import Bundle, manifest_key
+from cluster.bundle.reading import Bundle
+from cluster.bundle.revisions import manifest_key
+from cluster.hashing import canonical_json
 from tests.support.jobs import FEW, copy_adapters, run_job
 from tests.support.serving import Peft, application, ask, ask_all_at_once, ray_with_serve
 

@@ -20,7 +20,7 @@ import ray
 from ray import serve
 
 from cluster.bundle.manifest import Manifest
-from cluster.bundle.reading import object_key
+from cluster.bundle.revisions import object_key
 from cluster.errors import BaseModelError, PlacementError
 from serve_app.app import build
 from tests.support import serving

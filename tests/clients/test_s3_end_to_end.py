@@ -8,7 +8,7 @@ import pytest
 
 from cluster.bundle.reading import Bundle
 from cluster.errors import StoreError, StoreForbidden, StoreMissing, StoreUnreachable
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 from serve_app.app import build
 from tests.support.jobs import FEW, copy_adapters, object_bytes, run_job
 from tests.support.serving import application, ask, ray_with_serve

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.bundle.reading import Bundle
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 from compress_jobs.__main__ import main
 from tests.support.jobs import FEW, copy_adapters, object_bytes
 from tests.support.processes import (

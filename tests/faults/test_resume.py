@@ -13,7 +13,8 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from cluster.bundle.reading import Bundle
-from cluster.store.protocol import Store, open_store
+from cluster.store.address import open_store
+from cluster.store.protocol import Store
 from tests.support.jobs import FEW, copy_adapters, object_bytes
 from tests.support.processes import (
     assert_all_visible_revisions_are_whole,

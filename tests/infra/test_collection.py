@@ -10,9 +10,11 @@ import pytest
 from numpy.typing import NDArray
 
 from cluster.adapters.base import read_base
-from cluster.adapters.reading import Factors, list_adapters, read_adapter
+from cluster.adapters.factors import Factors
+from cluster.adapters.listing import list_adapters
+from cluster.adapters.reading import read_adapter
 from cluster.errors import ConfigError
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 from infra.bench.collection import Collection, traits, write
 from tests.support.dense import Dense, dense
 

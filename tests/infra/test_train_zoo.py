@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.adapters.base import read_base
-from cluster.adapters.reading import list_adapters, read_adapter
+from cluster.adapters.listing import list_adapters
+from cluster.adapters.reading import read_adapter
 from cluster.errors import ConfigError
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 from compress_jobs.quality.scorer import Scorer, read_tasks
 from infra.train_zoo.__main__ import main
 from infra.train_zoo.measure import truncation_error

@@ -20,17 +20,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cluster.adapters.base import read_base
-from cluster.bundle.manifest import (
-    Adapter,
-    Base,
-    Cluster,
-    Manifest,
-    Method,
-    ModuleShape,
-    canonical_json,
-    served_revision,
-)
-from cluster.bundle.reading import manifest_key, object_key
+from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest, Method, served_revision
+from cluster.bundle.revisions import manifest_key, object_key
+from cluster.hashing import canonical_json
+from cluster.layer import ModuleShape
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Module -> A (q, d_in), B (d_out, q) with the scale folded in."""

@@ -1,11 +1,11 @@
 """The alternating form of JD-Full, the paper's main setting: U <- top-r left singular subspace of [M_i V]_i, then
 V <- that of [M_i^T U]_i with the new U.
 
-The check of the eigenvalue iteration in jd.py, which takes a step towards each of these subspaces where this takes
+The check of the eigenvalue iteration in jd_full.py, which takes a step towards each of these subspaces where this takes
 the subspace itself, by an eigendecomposition of min(d, T)^2 numbers a step. Factored, with P_i = A_i V:
 sum_i M_i V V^T M_i^T = sum_i B_i P_i P_i^T B_i^T.
 
-Legend as in factors.py.
+Legend as in stack.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cluster.compression import jd_full as jd
-from cluster.compression.jd_full import Basis
+from cluster.compression.basis import Basis
 from cluster.compression.stack import FactorStack
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.bundle.publish import missing_objects
-from cluster.bundle.reading import Bundle, read_current, read_manifest
+from cluster.bundle.reading import Bundle
+from cluster.bundle.revisions import read_current, read_manifest
 from cluster.store.protocol import Store
 
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cluster.adapters.reading import CONFIG_FILE, WEIGHTS_FILE
+from cluster.adapters.listing import CONFIG_FILE, WEIGHTS_FILE
 from cluster.bundle.reading import Bundle
 from cluster.compression.svd import truncate
 from cluster.errors import ConfigError

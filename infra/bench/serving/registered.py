@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from cluster.bundle.manifest import canonical_json, served_revision
-from cluster.bundle.reading import Bundle, manifest_key, object_key, read_object
-from cluster.store.protocol import open_store
+from cluster.bundle.manifest import served_revision
+from cluster.bundle.reading import Bundle
+from cluster.bundle.revisions import manifest_key, object_key, read_object
+from cluster.hashing import canonical_json
+from cluster.store.address import open_store
 from infra.bench.serving.fleet import SPREAD
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from cluster.adapters.base import read_base
-from cluster.bundle.manifest import ModuleShape
 from cluster.errors import BaseModelError
-from cluster.store.protocol import open_store
+from cluster.layer import ModuleShape
+from cluster.store.address import open_store
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64}
 

@@ -28,21 +28,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluster.adapters.base import BaseModel, read_base
-from cluster.adapters.reading import (
-    MAX_WEIGHTS_BYTES,
-    AdapterFiles,
-    AdapterRecord,
-    Factors,
-    check_id,
-    factored_energy,
-    hash_tensors,
-    list_adapters,
-    read_adapter,
-    read_modules,
-)
+from cluster.adapters.checks import check_id
+from cluster.adapters.factors import Factors, factored_energy
+from cluster.adapters.listing import list_adapters
+from cluster.adapters.reading import MAX_WEIGHTS_BYTES, read_adapter, read_modules
+from cluster.adapters.record import AdapterFiles, AdapterRecord
 from cluster.errors import AdapterChanged, AdapterRefused
+from cluster.hashing import hash_tensors
+from cluster.store.address import open_store
 from cluster.store.local import LocalStore
-from cluster.store.protocol import open_store
 from tests.support.paths import REPOSITORY
 
 NAME = "org/tiny"
@@ -385,11 +379,12 @@ def _lying_files() -> dict[str, bytes]:
 
 _READ_ALL = """
 import resource, sys
-from cluster.adapters.reading import list_adapters, read_adapter
 from cluster.adapters.base import BaseModel, read_base
+from cluster.adapters.listing import list_adapters
+from cluster.adapters.reading import read_adapter
 from cluster.errors import AdapterRefused, BaseModelError
-from cluster.bundle.manifest import ModuleShape
-from cluster.store.protocol import open_store
+from cluster.layer import ModuleShape
+from cluster.store.address import open_store
 shape = ModuleShape(500_000, 500_000)  # so that the lie fits the base
 base = BaseModel("org/tiny", "", {"model.layers.0.self_attn.q_proj": shape}, frozenset(["org/tiny"]), 0)
 store = open_store(sys.argv[1])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from cluster.adapters.tensor_file import DTYPES, TensorPlace, decode, parse_header, read_header
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 
 FUZZ = settings(derandomize=True, deadline=None, max_examples=300)
 

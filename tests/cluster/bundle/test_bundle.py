@@ -15,19 +15,10 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from cluster.bundle.manifest import (
-    Adapter,
-    Base,
-    Cluster,
-    Manifest,
-    Method,
-    ModuleShape,
-    Refused,
-    served_revision,
-)
+from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest, Method, Refused, served_revision
 from cluster.bundle.publish import missing_objects, move_current, publish, put_object
-from cluster.bundle.reading import (
-    Bundle,
+from cluster.bundle.reading import Bundle
+from cluster.bundle.revisions import (
     Current,
     manifest_key,
     newest_revision,
@@ -37,8 +28,10 @@ from cluster.bundle.reading import (
     read_object,
 )
 from cluster.errors import BundleError, ConfigError, PublishConflict, StoreConflict, StoreMissing
+from cluster.layer import ModuleShape
+from cluster.store.address import open_store
 from cluster.store.local import LocalStore
-from cluster.store.protocol import Store, open_store
+from cluster.store.protocol import Store
 from tests.support.s3_proxy import Action, OnRequest, S3Proxy
 from tests.support.seaweed import S3Server
 

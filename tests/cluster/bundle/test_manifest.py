@@ -13,19 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.bundle.manifest import (
-    Adapter,
-    Base,
-    Cluster,
-    Manifest,
-    Method,
-    ModuleShape,
-    Refused,
-    canonical_json,
-    parse_manifest,
-    served_revision,
-)
+from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest, Method, Refused, served_revision
+from cluster.bundle.parsing import parse_manifest
 from cluster.errors import BundleError
+from cluster.hashing import canonical_json
+from cluster.layer import ModuleShape
 
 BASIS, CORES, FACTORS = (f"sha256:{digit * 64}" for digit in "abc")
 ERRORS = {"error": 0.03, "error_unweighted": 0.04, "error_worst_module": 0.11}

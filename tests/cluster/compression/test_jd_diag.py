@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.compression import jd_diag as module_under_test
+from cluster.compression.basis import Basis, relative_errors, unit_cores
 from cluster.compression.jd_diag import diagonal_cores, jd_diag
-from cluster.compression.jd_full import Basis, jd_full, relative_errors, unit_cores
+from cluster.compression.jd_full import jd_full
 from cluster.compression.methods import METHODS
 from tests.support.bundles import read_factors
 from tests.support.dense import Dense, Factors, dense, random_adapters, related_adapters, stack_of

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cluster.compression import jd_full as jd
-from cluster.compression.jd_full import Basis, captured_energy, jd_full, relative_errors, unit_cores
+from cluster.compression.basis import Basis, captured_energy, relative_errors, unit_cores
+from cluster.compression.jd_full import jd_full
 from cluster.compression.stack import FactorStack
 from infra.bench.products import ProductLog
 from tests.support.bundles import read_factors

@@ -1,7 +1,7 @@
 """What theory says of every joint method: bounds, identities, what is lossless, what cannot matter.
 
-JD-Full's own eigenvalue iteration is held to Theorem 1, the corollary and the invariances in test_jd.py; here are its
-check, the alternating form, and JD-Diag, for which r terms take the place of r^2 numbers.
+JD-Full's own eigenvalue iteration is held to Theorem 1, the corollary and the invariances in test_jd_full.py; here are
+its check, the alternating form, and JD-Diag, for which r terms take the place of r^2 numbers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cluster.compression import jd_full as jd
+from cluster.compression.basis import Basis, relative_errors, unit_cores
 from cluster.compression.jd_diag import diagonal_cores, jd_diag
-from cluster.compression.jd_full import Basis, jd_full, relative_errors, unit_cores
+from cluster.compression.jd_full import jd_full
 from cluster.compression.stack import FactorStack
 from cluster.compression.svd import spectra, truncate
 from tests.support.bundles import read_factors

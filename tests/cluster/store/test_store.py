@@ -26,7 +26,8 @@ from cluster.errors import (
     StoreUnreachable,
     StoreUnsafe,
 )
-from cluster.store.protocol import Blob, Entry, Store, open_store
+from cluster.store.address import open_store
+from cluster.store.protocol import Blob, Entry, Store
 from tests.support.paths import REPOSITORY
 from tests.support.s3_proxy import Action, OnRequest, S3Proxy, always, first
 from tests.support.seaweed import S3Server
@@ -313,7 +314,7 @@ def test_a_writer_killed_midway_leaves_the_old_content(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     before = store.write("key", b"old")
     script = (
-        "import os, signal, sys; from cluster.store.protocol import open_store\n"
+        "import os, signal, sys; from cluster.store.address import open_store\n"
         "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "open_store(sys.argv[1]).replace('key', b'new', if_match=sys.argv[2])\n"
     )

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from cluster.adapters.base import read_base
-from cluster.adapters.reading import list_adapters, read_adapter
+from cluster.adapters.listing import list_adapters
+from cluster.adapters.reading import read_adapter
 from cluster.compression.choose import CollectionShape
 from cluster.compression.clustering import adapter_errors, assign
 from cluster.compression.sample import Sample
 from cluster.compression.stack import stack_factors
 from cluster.errors import ConfigError
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 from compress_jobs.__main__ import main
 from tests.support.jobs import FEW, copy_adapters, current_manifest, dense_error, dense_served, object_bytes, run_job
 

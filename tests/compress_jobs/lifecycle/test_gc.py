@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from cluster.bundle.reading import Bundle, manifest_key, object_key
 from cluster.bundle import publish as publishing
+from cluster.bundle.reading import Bundle
+from cluster.bundle.revisions import manifest_key, object_key
 from cluster.errors import BundleError, CtsError, PublishConflict, StoreMissing
+from cluster.store.address import open_store
 from cluster.store.local import LocalStore
-from cluster.store.protocol import Entry, open_store
+from cluster.store.protocol import Entry
 from compress_jobs.__main__ import main
 from compress_jobs.commands.add import add_adapters
 from compress_jobs.job import run as job

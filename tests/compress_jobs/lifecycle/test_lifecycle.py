@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.adapters.reading import hash_tensors
 from cluster.bundle.manifest import Manifest, served_revision
 from cluster.bundle.publish import publish
-from cluster.bundle.reading import Bundle, manifest_key, object_key, read_current
-from cluster.store.protocol import open_store
+from cluster.bundle.reading import Bundle
+from cluster.bundle.revisions import manifest_key, object_key, read_current
+from cluster.hashing import hash_tensors
+from cluster.store.address import open_store
 from compress_jobs.__main__ import main
 from compress_jobs.job import tasks
 from compress_jobs.lifecycle import revision

@@ -8,9 +8,10 @@ import pytest
 import ray
 
 from cluster.bundle.publish import missing_objects
-from cluster.bundle.reading import Bundle, manifest_key, object_key
+from cluster.bundle.reading import Bundle
+from cluster.bundle.revisions import manifest_key, object_key
 from cluster.errors import StoreMissing
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 from compress_jobs.__main__ import main
 from compress_jobs.job import tasks
 from tests.clients.test_s3_end_to_end import upload

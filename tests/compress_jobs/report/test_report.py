@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest, Method, ModuleShape, Refused
+from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest, Method, Refused
+from cluster.layer import ModuleShape
 from compress_jobs.__main__ import main
 from compress_jobs.report import costs as report_costs
 from compress_jobs.report import errors as report_errors
@@ -333,7 +334,7 @@ def test_the_same_revision_gives_the_same_bytes_whatever_the_process_and_the_ord
     (tmp_path / "manifest.json").write_text(json.dumps(_reversed_keys(json.loads(manifest.to_json()))))
     (tmp_path / "report.json").write_text(json.dumps(_reversed_keys(report)))
     program = (
-        "import json, sys; from pathlib import Path; from cluster.bundle.manifest import parse_manifest;"
+        "import json, sys; from pathlib import Path; from cluster.bundle.parsing import parse_manifest;"
         "from compress_jobs.report.render import render; folder = Path(sys.argv[1]);"
         "manifest = parse_manifest((folder / 'manifest.json').read_bytes(), 'test');"
         "sys.stdout.buffer.write(render(manifest, json.loads((folder / 'report.json').read_text())).encode())"

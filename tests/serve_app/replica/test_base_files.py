@@ -9,7 +9,7 @@ import pytest
 from cluster.adapters.base import read_base
 from cluster.bundle.manifest import Base
 from cluster.errors import BaseModelError
-from cluster.store.protocol import open_store
+from cluster.store.address import open_store
 from serve_app.replica import base_files
 from serve_app.replica.base_files import download, is_hub_id, resolve_base
 
