@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import sys
-from typing import Any
 
-from cluster.bundle import export
 from cluster.errors import ConfigError, CtsError
-from compress_jobs.commands import add, plan, show
-from compress_jobs.commands import evaluate as evaluate_command
-from compress_jobs.commands import sweep as sweep_command
-from compress_jobs.job import options
-from compress_jobs.lifecycle import compact, remove, rollback
-from compress_jobs.lifecycle import gc as garbage
-from compress_jobs.report import render as report
+from compress_jobs.commands import (
+    add,
+    compact,
+    evaluate,
+    export,
+    gc,
+    plan,
+    remove,
+    report,
+    rollback,
+    run,
+    show,
+    sweep,
+)
 
-COMMANDS = (plan, show, report, export, evaluate_command, sweep_command, add, remove, rollback, compact, garbage)
+COMMANDS = (run, plan, show, report, export, evaluate, sweep, add, remove, rollback, compact, gc)
 """Modules with ``add_parser(commands)``, which names the function to ``execute``; in the order of ``--help``."""
-
-_RUN = """\
-Compress a collection of PEFT LoRA adapters into clusters that share a basis, and publish the bundle.
-
-  python -m compress_jobs run --adapters s3://lora/adapters --base s3://lora/base --out s3://lora/bundle \\
-      --clusters 25 --rank 16
-  ray job submit --working-dir . -- python -m compress_jobs run --config run.toml
-
-Credentials, region and endpoint of s3:// come from the environment as boto3 reads it (AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL). A bad adapter is refused by name and the others go on.
-Exit status: 0 when the revision is published (or was already), 1 when the job failed, 2 when an option is wrong.
-Nothing half-written is ever visible: only CURRENT names what is served, and it moves last.
-"""
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 where the command failed, 2 where an option is wrong, 130 where interrupted."""
     parser = argparse.ArgumentParser(prog="compress_jobs", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"compress-then-serve {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_run(commands)
     for module in COMMANDS:
         module.add_parser(commands)
     parsed = parser.parse_args(arguments)
@@ -57,35 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _add_run(commands: Any) -> None:
-    run = commands.add_parser(
-        "run",
-        help="compress a collection and publish it",
-        description=_RUN,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    options.add_arguments(run)
-    run.set_defaults(execute=_run)
-
-
-def _run(parsed: argparse.Namespace) -> int:
-    chosen = options.from_arguments(parsed)
-    # Here, for Ray is slow to import and --help should not be.
-    from compress_jobs.job import run as job
-    from compress_jobs.job import tasks
-
-    prepared = job.prepare(chosen)
-    tasks.connect(chosen)
-    outcome = job.run(prepared)
-    manifest = outcome.manifest
-    if outcome.summary is None:
-        print("unchanged: these inputs and options are published already, nothing new was written")
-        print(f"bundle     {manifest.bundle} revision {manifest.revision} at {chosen.out}")
-        return 0
-    for line in outcome.summary.lines(manifest):
-        print(line)
-    print(f"bundle     {manifest.bundle} revision {manifest.revision}, published at {chosen.out}")
-    return 0
+def _version() -> str:
+    try:
+        return importlib.metadata.version("compress-then-serve")
+    except importlib.metadata.PackageNotFoundError:  # a working directory that `ray job submit` has sent
+        return "(not installed: a checkout)"
 
 
 if __name__ == "__main__":

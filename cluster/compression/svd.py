@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cluster.adapters.factors import Factors
-from cluster.compression.stack import FactorStack
+from cluster.compression.stack import FactorStack, stack_factors
 
 # Of a unit-norm adapter's energy: what float32 products leave uncertain, and more.
 _NEGLIGIBLE = 1e-6
@@ -46,6 +46,12 @@ def spectra(stack: FactorStack) -> list[np.ndarray]:
     L = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
     energies = torch.linalg.eigvalsh(L.mT @ stack.gram_A @ L).clamp_min(0).flip(1) * stack.norms.square().unsqueeze(1)
     return [energies[i, :rank].cpu().numpy() for i, rank in enumerate(stack.ranks)]
+
+
+def adapter_spectra(factors: Mapping[str, Factors]) -> dict[str, list[float]]:
+    """Module -> squared singular values of B A, descending; modules of zero norm are left out."""
+    stacks = {module: stack_factors([(0, pair)]) for module, pair in factors.items()}
+    return {module: spectra(stack)[0].tolist() for module, stack in stacks.items() if stack is not None}
 
 
 def dominant_pairs(stack: FactorStack, rank: int) -> tuple[Tensor, Tensor]:

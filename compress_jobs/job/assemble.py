@@ -1,9 +1,9 @@
-"""From parts to objects: a cluster's basis and cores, or the factors of an adapter that stands alone."""
+"""From parts to objects: each cluster's basis and cores, and the factors of each adapter that stands alone."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,16 @@ from cluster.adapters.record import AdapterRecord
 from cluster.bundle.manifest import served_revision
 from cluster.bundle.publish import StoredObject, put_object
 from cluster.bundle.revisions import object_key
-from cluster.errors import AdapterChanged, StoreMissing
+from cluster.errors import AdapterChanged, BundleError, StoreMissing
 from cluster.hashing import hash_tensors
+from compress_jobs.job import tasks
 from compress_jobs.job.context import JobContext
+from compress_jobs.job.fit import Fitted
+from compress_jobs.job.grade import Grades
 from compress_jobs.job.parts import once, read_tensors
+from compress_jobs.job.prepare import Job
 from compress_jobs.job.standalone import StandaloneAdapter, stand_alone
+from compress_jobs.progress import track
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,45 @@ class Changed:
     """The adapter's file is no longer the one that was inspected."""
 
     message: str
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """``clusters``: number -> its objects; ``slots``: adapter id -> (cluster, slot) of those on a basis;
+    ``standalone``: the others, by id; ``changed``: adapter id -> how its file was found to be another than the one
+    inspected."""
+
+    clusters: dict[int, AssembledCluster]
+    slots: dict[str, tuple[int, int]]
+    standalone: dict[str, StandaloneAdapter]
+    changed: dict[str, str]
+
+
+def assemble_all(
+    job: Job, context: JobContext, fitted: Fitted, grades: Grades, records: Mapping[str, AdapterRecord]
+) -> Assembled:
+    """Write each cluster of ``grades`` and each adapter that stands alone. Raises BundleError when nothing is left."""
+    calls = []
+    slots: dict[str, tuple[int, int]] = {}
+    for cluster, kept in sorted(grades.on_basis.items()):
+        members = [i for i, label in zip(fitted.adapter_ids, fitted.labels, strict=True) if label == cluster]
+        calls.append((context, cluster, fitted.num_layers, [members.index(adapter_id) for adapter_id in kept]))
+        slots |= {adapter_id: (cluster, slot) for slot, adapter_id in enumerate(kept)}
+    results = tasks.run_bounded(tasks.remote(assemble_cluster), calls, job.in_flight)
+    clusters = {calls[index][1]: result for index, result in track(results, len(calls), "assemble")}
+
+    alone_calls = [(context, records[adapter_id]) for adapter_id in grades.alone]
+    results = tasks.run_bounded(tasks.remote(write_standalone), alone_calls, job.in_flight)
+    standalone: dict[str, StandaloneAdapter] = {}
+    changed: dict[str, str] = {}
+    for index, result in track(results, len(alone_calls), "stand alone"):
+        if isinstance(result, Changed):
+            changed[grades.alone[index]] = result.message
+        else:
+            standalone[grades.alone[index]] = result
+    if not slots and not standalone:
+        raise BundleError("every adapter changed during the job; nothing is left to publish, run it again")
+    return Assembled(clusters, slots, standalone, changed)
 
 
 def assemble_cluster(context: JobContext, cluster: int, num_layers: int, kept: Sequence[int]) -> AssembledCluster:

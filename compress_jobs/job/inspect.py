@@ -1,9 +1,11 @@
-"""Pass 1, one adapter: read it whole, refuse or accept it, measure it, keep a sample of it for clustering."""
+"""Pass 1: every adapter read whole, refused or accepted, measured, and a sample of it kept for clustering."""
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,11 +14,13 @@ from cluster.adapters.reading import read_adapter
 from cluster.adapters.record import AdapterFiles, AdapterRecord
 from cluster.bundle.manifest import Refused
 from cluster.compression.sample import sample_modules
-from cluster.compression.stack import stack_factors
-from cluster.compression.svd import spectra
-from cluster.errors import AdapterRefused, StoreForbidden, StoreMissing
+from cluster.compression.svd import adapter_spectra
+from cluster.errors import AdapterRefused, ConfigError, StoreForbidden, StoreMissing
+from compress_jobs.job import tasks
 from compress_jobs.job.context import JobContext
 from compress_jobs.job.parts import once, tensors_stand, write_tensors
+from compress_jobs.job.prepare import Job
+from compress_jobs.progress import say, track
 
 # Of the store's making, not the adapter's: tried again by a job that goes on.
 _UNREADABLE = "unreadable"
@@ -32,6 +36,55 @@ class Inspected:
     spectra: dict[str, list[float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Collection:
+    """``records`` of the accepted adapters, by id in order; what was refused; and the ``spectra`` of the accepted:
+    id -> module -> squared singular values, descending."""
+
+    records: dict[str, AdapterRecord]
+    refused: dict[str, Refused]
+    spectra: dict[str, dict[str, list[float]]]
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(record.size_bytes for record in self.records.values())
+
+    def without_changed(self, changed: Mapping[str, str]) -> Collection:
+        """``changed``: id -> how its file was found to be another than the one inspected. These are refused now."""
+        new = {adapter_id: message for adapter_id, message in changed.items() if adapter_id in self.records}
+        for adapter_id, message in new.items():
+            say(f"refused {adapter_id} (changed): {message}")
+        return replace(
+            self,
+            records={adapter_id: record for adapter_id, record in self.records.items() if adapter_id not in new},
+            refused=self.refused | {adapter_id: Refused("changed", message) for adapter_id, message in new.items()},
+        )
+
+
+def inspect_all(job: Job) -> Collection:
+    """Raises ConfigError when no adapter can be accepted, or a ``--raw`` pattern matches none of them."""
+    calls = [(job.context, files) for files in job.folders]
+    results = tasks.run_bounded(tasks.remote(inspect_adapter), calls, job.in_flight)
+    found = sorted((result for _, result in track(results, len(calls), "inspect")), key=lambda found: found.adapter_id)
+    collection = Collection(
+        {one.adapter_id: one.record for one in found if one.record is not None},
+        {one.adapter_id: one.refused for one in found if one.refused is not None},
+        {one.adapter_id: one.spectra for one in found if one.record is not None},
+    )
+    for adapter_id, refusal in collection.refused.items():
+        say(f"refused {adapter_id} ({refusal.reason}): {refusal.message}")
+    if not collection.records:
+        raise ConfigError(
+            f"--adapters {job.asked.adapters}: none of the {len(calls)} adapters can be accepted; see above"
+        )
+    for pattern in job.asked.raw:
+        if not fnmatch.filter(collection.records, pattern):
+            raise ConfigError(
+                f"--raw {pattern}: matches none of the accepted adapters; give an id, or a pattern with *"
+            )
+    return collection
+
+
 def inspect_adapter(context: JobContext, files: AdapterFiles) -> Inspected:
     """Raises StoreUnreachable only: whatever is wrong with one adapter is that adapter's own."""
     # By hash: an id that will be refused may be no key of a store.
@@ -45,12 +98,6 @@ def inspect_adapter(context: JobContext, files: AdapterFiles) -> Inspected:
         )
 
     return once(context, f"inspected/{name}", Inspected, lambda: _inspect(context, files), stands)
-
-
-def adapter_spectra(factors: dict[str, Factors]) -> dict[str, list[float]]:
-    """Module -> squared singular values of B A, descending; modules of zero norm are left out."""
-    stacks = {module: stack_factors([(0, pair)]) for module, pair in factors.items()}
-    return {module: spectra(stack)[0].tolist() for module, stack in stacks.items() if stack is not None}
 
 
 def _inspect(context: JobContext, files: AdapterFiles) -> Inspected:

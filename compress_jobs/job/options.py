@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import fnmatch
-import tomllib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from cluster.bundle.manifest import ISOLATIONS, METHODS, Method
@@ -72,27 +69,25 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         for name in ("adapters", "base", "out"):
-            _need(getattr(self, name) != "", name, "is missing", f"give --{name} or put it into the --config file")
+            need(getattr(self, name) != "", name, "is missing", f"give --{name} or put it into the --config file")
         for name in ("clusters", "rank"):
             value = getattr(self, name)
             whole = isinstance(value, int) and value >= 1
-            _need(whole or value == AUTO, name, f"is {value!r}", "expected 1 or more, or auto")
+            need(whole or value == AUTO, name, f"is {value!r}", "expected 1 or more, or auto")
         methods = (*METHODS, AUTO)
-        _need(self.method in methods, "method", f"is {self.method!r}", f"expected one of {', '.join(methods)}")
+        need(self.method in methods, "method", f"is {self.method!r}", f"expected one of {', '.join(methods)}")
         if self.auto:
             seen = f"is {self.target_error or 'missing'}"
-            _need(
-                0 < self.target_error < 1, "target-error", seen, f"between 0 and 1 for {' and '.join(self.auto)} auto"
-            )
+            need(0 < self.target_error < 1, "target-error", seen, f"between 0 and 1 for {' and '.join(self.auto)} auto")
         else:
-            _need(not self.target_error, "target-error", "is given", "it is for --method, --clusters or --rank auto")
+            need(not self.target_error, "target-error", "is given", "it is for --method, --clusters or --rank auto")
         isolations = ("", *ISOLATIONS)
-        _need(self.isolate in isolations, "isolate", f"is {self.isolate!r}", f"expected {' or '.join(ISOLATIONS)}")
-        _need(self.dtype in DTYPES, "dtype", f"is {self.dtype!r}", f"expected one of {', '.join(DTYPES)}")
-        _need(0 < self.gate <= 1, "gate", f"is {self.gate}", "expected a squared relative error above 0, at most 1")
-        _need(0 <= self.seed < 2**31, "seed", f"is {self.seed}", "expected 0 to 2147483647")
-        _need(self.num_cpus >= 0, "num-cpus", f"is {self.num_cpus}", "expected 0 or more")
-        _need(self.in_flight >= 0, "in-flight", f"is {self.in_flight}", "expected 0 or more")
+        need(self.isolate in isolations, "isolate", f"is {self.isolate!r}", f"expected {' or '.join(ISOLATIONS)}")
+        need(self.dtype in DTYPES, "dtype", f"is {self.dtype!r}", f"expected one of {', '.join(DTYPES)}")
+        need(0 < self.gate <= 1, "gate", f"is {self.gate}", "expected a squared relative error above 0, at most 1")
+        need(0 <= self.seed < 2**31, "seed", f"is {self.seed}", "expected 0 to 2147483647")
+        need(self.num_cpus >= 0, "num-cpus", f"is {self.num_cpus}", "expected 0 or more")
+        need(self.in_flight >= 0, "in-flight", f"is {self.in_flight}", "expected 0 or more")
 
     @property
     def auto(self) -> tuple[str, ...]:
@@ -127,77 +122,6 @@ class RunOptions:
         return any(fnmatch.fnmatchcase(adapter_id, pattern) for pattern in self.raw)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """An option for each field; defaults stay unset, so that a config file can be told from the command line."""
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="TOML file with the same options, names with - or _"
-    )
-    for spec in dataclasses.fields(RunOptions):
-        is_list = isinstance(spec.default, tuple)
-        help_text = spec.metadata["help"]
-        if not is_list and spec.default not in ("", 0, 0.0):
-            help_text += f" (default: {spec.default})"
-        more: dict[str, Any] = {key: value for key, value in spec.metadata.items() if key != "help"}
-        if is_list:
-            more["action"] = "append"
-        else:
-            more["type"] = _whole_or_auto if "int | str" in str(spec.type) else type(spec.default)
-        parser.add_argument("--" + spec.name.replace("_", "-"), default=None, help=help_text, **more)
-
-
-def _whole_or_auto(text: str) -> int | str:
-    return text if text == AUTO else int(text)
-
-
-_whole_or_auto.__name__ = "whole number or auto"  # argparse says this where it is not
-
-
-def from_arguments(arguments: argparse.Namespace) -> RunOptions:
-    """Command line over config file over defaults. Raises ConfigError."""
-    values = _read_config(arguments.config) if arguments.config else {}
-    for spec in dataclasses.fields(RunOptions):
-        given = getattr(arguments, spec.name)
-        if given is not None:
-            values[spec.name] = tuple(given) if isinstance(spec.default, tuple) else given
-    return RunOptions(**values)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        document = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; give the path of a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not TOML ({error})") from None
-    specs = {spec.name: spec for spec in dataclasses.fields(RunOptions)}
-    values: dict[str, Any] = {}
-    for key, value in document.items():
-        spec = specs.get(key.replace("-", "_"))
-        if spec is None:
-            known = ", ".join(sorted(name.replace("_", "-") for name in specs))
-            raise ConfigError(f"--config {path}: unknown key {key!r}; known keys are {known}")
-        allows_auto = "int | str" in str(spec.type)
-        where = f"--config {path}: {key}"
-        values[spec.name] = value if allows_auto and value == AUTO else _typed(spec.default, value, where)
-    return values
-
-
-def _typed(default: Any, value: Any, where: str) -> Any:
-    if isinstance(default, tuple):
-        names = [value] if isinstance(value, str) else value
-        _need(
-            isinstance(names, list) and all(isinstance(name, str) for name in names),
-            where,
-            f"is {value!r}",
-            "expected strings",
-        )
-        return tuple(names)
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    _need(type(value) is type(default), where, f"is {value!r}", f"expected {type(default).__name__}")
-    return value
-
-
-def _need(condition: bool, name: str, seen: str, expected: str) -> None:
+def need(condition: bool, name: str, seen: str, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{name if ' ' in name else '--' + name} {seen}; {expected}")

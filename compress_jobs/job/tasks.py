@@ -1,19 +1,16 @@
-"""The Ray side of the job: thin remote shells around its steps, and a bounded number of them in flight."""
+"""The Ray side of the job: a thin remote shell around any step, and a bounded number of them in flight."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
 import torch
 
 from cluster.errors import ConfigError, CtsError, StoreUnreachable
-from compress_jobs.job import assemble
-from compress_jobs.job import cluster as cluster_adapters
-from compress_jobs.job import fit as fit_layer
-from compress_jobs.job import inspect as inspect_adapter
 from compress_jobs.job.options import RunOptions
 
 # A lost worker is tried again, and so is a store that stayed away; wrong input never is.
@@ -22,7 +19,8 @@ _RETRIES = {"max_retries": 3, "retry_exceptions": [StoreUnreachable]}
 _STOP_PERIOD_S, _STOP_ATTEMPTS = 3, 3
 
 
-def _remote(step: Any) -> Any:
+@functools.cache
+def remote(step: Callable[..., Any]) -> Any:
     """The step as a Ray task on one CPU. One thread: the same bytes on every machine of a kind, and tasks
     that share a node do not fight for its cores."""
 
@@ -34,15 +32,8 @@ def _remote(step: Any) -> Any:
     return ray.remote(num_cpus=1, **_RETRIES)(run)
 
 
-inspect_task = _remote(inspect_adapter.inspect_adapter)
-weigh_task = _remote(cluster_adapters.weigh)
-cluster_task = _remote(cluster_adapters.cluster_adapters)
-assemble_task = _remote(assemble.assemble_cluster)
-standalone_task = _remote(assemble.write_standalone)
-
-
-def fit_task(memory_bytes: int) -> Any:
-    """The fit of some layers, asking Ray for the memory it may take, and for a GPU where there is one.
+def with_memory(task: Any, memory_bytes: int) -> Any:
+    """The task, asking Ray for the memory it may take, and for a GPU where there is one.
 
     Raises ConfigError when no node has that much: Ray would wait for one for ever.
     """
@@ -53,10 +44,7 @@ def fit_task(memory_bytes: int) -> Any:
             f"of this Ray cluster offers {largest >> 20} MiB: add a larger node, or split the collection"
         )
     num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    return _fit_layers.options(memory=memory_bytes, num_gpus=num_gpus)
-
-
-_fit_layers = _remote(fit_layer.fit_layers)
+    return task.options(memory=memory_bytes, num_gpus=num_gpus)
 
 
 def connect(options: RunOptions) -> None:

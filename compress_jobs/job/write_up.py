@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,61 +12,91 @@ import numpy as np
 from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest
 from cluster.compression.choose import Choice, choose_svd
 from cluster.compression.svd import errors_at_equal_bytes
-from compress_jobs.job.choose import collection_shape, is_chosen
-from compress_jobs.job.state import AdapterError, Job
+from compress_jobs.job.adapter_error import AdapterError
+from compress_jobs.job.assemble import Assembled
+from compress_jobs.job.choose import Chosen, collection_shape
+from compress_jobs.job.cluster import Clustered
+from compress_jobs.job.costs import Costs
+from compress_jobs.job.fit import Fitted
+from compress_jobs.job.inspect import Collection
+from compress_jobs.job.options import RunOptions
 from compress_jobs.report.summary import ErrorFigure, Summary
 
 
-def manifest_of(job: Job) -> Manifest:
+@dataclass(frozen=True)
+class Compressed:
+    """What the steps of a run have returned. ``collection``: the adapters that are served, and those refused."""
+
+    asked: RunOptions
+    collection: Collection
+    chosen: Chosen
+    clustered: Clustered | None
+    fitted: Fitted
+    assembled: Assembled
+
+    @property
+    def errors_on_bases(self) -> dict[str, AdapterError]:
+        """Of all that were fitted, before the gate."""
+        return self.fitted.errors(self.collection.records)
+
+
+def manifest_of(done: Compressed) -> Manifest:
     """Named by its content; its objects are stored already."""
-    basis_errors = job.basis_errors()
-    adapters = {}
-    for adapter_id, record in job.records.items():
-        alone = job.standalone.get(adapter_id)
-        error = AdapterError.of(record, alone.squared_errors) if alone else basis_errors[adapter_id]
-        cluster, slot = (None, None) if alone else job.slots[adapter_id]
-        adapters[adapter_id] = Adapter(
-            version=record.version,
-            etag=record.etag,
-            mode=alone.mode if alone else "core",
-            served=alone.served if alone else job.assembled[int(cluster or 0)].served[int(slot or 0)],
-            error=error.error,
-            error_unweighted=error.unweighted,
-            error_worst_module=error.worst_module,
-            cluster=None if alone else str(cluster),
-            slot=slot,
-            factors=alone.factors.sha if alone else None,
-            rank=alone.rank if alone else None,
-        )
-    stored = [stored for result in job.assembled.values() for stored in (result.basis, result.cores)]
-    stored += [result.factors for adapter_id, result in job.standalone.items() if adapter_id in job.records]
-    base, options = job.context.base, job.context.options
-    touched = {module for record in job.records.values() for module in record.modules}
+    context, records, assembled = done.chosen.context, done.collection.records, done.assembled
+    on_bases = done.errors_on_bases
+    stored = [stored for result in assembled.clusters.values() for stored in (result.basis, result.cores)]
+    stored += [result.factors for result in assembled.standalone.values()]
+    touched = {module for record in records.values() for module in record.modules}
+    options = context.options
     return Manifest(
         bundle="",
         revision=0,
         parent=None,
-        base=Base(base.name, base.fingerprint),
-        method=job.asked.recorded_method(options.method, int(options.clusters), int(options.rank)),
-        modules={module: shape for module, shape in base.modules.items() if module in touched},
+        base=Base(context.base.name, context.base.fingerprint),
+        method=done.asked.recorded_method(options.method, int(options.clusters), int(options.rank)),
+        modules={module: shape for module, shape in context.base.modules.items() if module in touched},
         clusters={
             str(cluster): Cluster(result.basis.sha, result.cores.sha, len(result.served))
-            for cluster, result in sorted(job.assembled.items())
+            for cluster, result in sorted(assembled.clusters.items())
         },
-        adapters=adapters,
-        refused=dict(sorted(job.refused.items())),
+        adapters={adapter_id: _entry(done, adapter_id, on_bases) for adapter_id in records},
+        refused=dict(sorted(done.collection.refused.items())),
         objects={item.sha: item.size_bytes for item in stored},
     ).with_own_id()
 
 
-def summary_of(job: Job, manifest: Manifest) -> Summary:
+def _entry(done: Compressed, adapter_id: str, on_bases: Mapping[str, AdapterError]) -> Adapter:
+    record, assembled = done.collection.records[adapter_id], done.assembled
+    if (alone := assembled.standalone.get(adapter_id)) is not None:
+        error = AdapterError.of(record, alone.squared_errors)
+        mode, served = alone.mode, alone.served
+        place: dict[str, Any] = {"factors": alone.factors.sha, "rank": alone.rank}
+    else:
+        error = on_bases[adapter_id]
+        cluster, slot = assembled.slots[adapter_id]
+        mode, served = "core", assembled.clusters[cluster].served[slot]
+        place = {"cluster": str(cluster), "slot": slot}
+    return Adapter(
+        version=record.version,
+        etag=record.etag,
+        mode=mode,
+        served=served,
+        error=error.error,
+        error_unweighted=error.unweighted,
+        error_worst_module=error.worst_module,
+        **place,
+    )
+
+
+def summary_of(done: Compressed, manifest: Manifest, costs: Costs) -> Summary:
     modes = [adapter.mode for adapter in manifest.adapters.values()]
-    compared = [adapter_id for adapter_id in job.fitted if adapter_id in manifest.adapters]
-    on_basis = job.basis_errors()
+    fitted_ids, clustered, chosen = done.fitted.adapter_ids, done.clustered, done.chosen
+    compared = [adapter_id for adapter_id in fitted_ids if adapter_id in manifest.adapters]
+    on_bases = done.errors_on_bases
     served = compared or [
         adapter_id for adapter_id, adapter in manifest.adapters.items() if adapter.mode == "truncated"
     ]
-    clustered = job.clustered
+    sampled, at_random = (clustered.errors, clustered.random_errors) if clustered else ([], [])
     return Summary(
         bundle=manifest.bundle,
         num_adapters=len(manifest.adapters),
@@ -75,59 +106,60 @@ def summary_of(job: Job, manifest: Manifest) -> Summary:
         num_refused=len(manifest.refused),
         cluster_sizes={name: cluster.num_slots for name, cluster in manifest.clusters.items()},
         num_modules=len(manifest.modules),
-        bytes_before=sum(job.records[adapter_id].size_bytes for adapter_id in manifest.adapters),
+        bytes_before=sum(done.collection.records[adapter_id].size_bytes for adapter_id in manifest.adapters),
         bytes_after=manifest.resident_bytes(),
         served=ErrorFigure.of({adapter_id: manifest.adapters[adapter_id].error for adapter_id in served}),
-        on_basis=ErrorFigure.of({adapter_id: on_basis[adapter_id].error for adapter_id in compared}),
-        clustering=ErrorFigure.of(dict(zip(job.fitted, clustered.errors, strict=False))) if clustered else None,
-        random_split=ErrorFigure.of(dict(zip(job.fitted, clustered.random_errors, strict=False)))
-        if clustered
-        else None,
-        svd_equal_bytes=ErrorFigure.of(_svd_errors(job, manifest, compared)),
+        on_basis=ErrorFigure.of({adapter_id: on_bases[adapter_id].error for adapter_id in compared}),
+        clustering=ErrorFigure.of(dict(zip(fitted_ids, sampled, strict=False))),
+        random_split=ErrorFigure.of(dict(zip(fitted_ids, at_random, strict=False))),
+        svd_equal_bytes=ErrorFigure.of(_svd_errors(done, manifest, compared)),
         clustering_start=clustered.start if clustered else "",
         similarity=(clustered.similarity or None) if clustered else None,
-        module_errors=_module_errors(job),
-        target_error=job.asked.target_error or None,
+        module_errors=_module_errors(done),
+        target_error=done.asked.target_error or None,
         choices=[
-            {**asdict(choice), "confirmed_error": job.confirmed.get(choice), "chosen": is_chosen(choice, job)}
-            for choice in job.weighed
+            {**asdict(choice), "confirmed_error": chosen.confirmed.get(choice), "chosen": chosen.is_taken(choice)}
+            for choice in chosen.weighed
         ],
-        tradeoff=_tradeoff(job, on_basis),
-        seconds=dict(job.seconds),
-        bytes_read=job.num_bytes_read,
-        peak_task_memory_bytes=max((fit.peak_memory_bytes for fit in job.fits), default=0),
+        tradeoff=_tradeoff(done, on_bases),
+        seconds=dict(costs.seconds),
+        bytes_read=costs.bytes_read,
+        peak_task_memory_bytes=done.fitted.peak_memory_bytes,
     )
 
 
-def _module_errors(job: Job) -> dict[str, float]:
+def _module_errors(done: Compressed) -> dict[str, float]:
     """Module -> mean squared relative error, on their bases, of the adapters that touch it."""
+    records = done.collection.records
     figures = {}
-    for fit in job.fits:
-        for module, errors in fit.squared_errors.items():
-            relative = [
-                errors[i] / places.energy
-                for i, adapter_id in enumerate(job.fitted)
-                if adapter_id in job.records
-                and (places := job.records[adapter_id].modules.get(module)) is not None
-                and places.energy > 0
-            ]
-            if relative:
-                figures[module] = math.fsum(relative) / len(relative)
+    for module, errors in done.fitted.squared_errors.items():
+        relative = [
+            error / places.energy
+            for adapter_id, error in zip(done.fitted.adapter_ids, errors, strict=True)
+            if adapter_id in records
+            and (places := records[adapter_id].modules.get(module)) is not None
+            and places.energy > 0
+        ]
+        if relative:
+            figures[module] = math.fsum(relative) / len(relative)
     return figures
 
 
-def _tradeoff(job: Job, on_basis: dict[str, AdapterError]) -> list[dict[str, Any]]:
+def _tradeoff(done: Compressed, on_bases: Mapping[str, AdapterError]) -> list[dict[str, Any]]:
     """Bytes against error: SVD at every rank, what was weighed, and what was fitted."""
-    compared = [adapter_id for adapter_id in job.records if not job.asked.is_raw(adapter_id)]
+    context, chosen = done.chosen.context, done.chosen
+    compared = {i: record for i, record in done.collection.records.items() if not done.asked.is_raw(i)}
     if not compared:
         return []
-    shape = collection_shape(job, compared)
-    points = choose_svd(shape, [list(job.spectra[adapter_id].values()) for adapter_id in compared], 0.0)
-    points += [choice for choice in job.weighed if choice.method != "svd"]
-    if on_basis:
-        options = job.context.options
-        size = collection_shape(job, job.fitted).joint_bytes(job.labels, int(options.rank), options.method == "jd-diag")
-        error = math.fsum(found.error for found in on_basis.values()) / len(on_basis)
+    shape = collection_shape(context, list(compared.values()))
+    spectra = [list(done.collection.spectra[adapter_id].values()) for adapter_id in compared]
+    points = choose_svd(shape, spectra, 0.0)
+    points += [choice for choice in chosen.weighed if choice.method != "svd"]
+    if on_bases:
+        options = context.options
+        fitted = collection_shape(context, list(chosen.records.values()))
+        size = fitted.joint_bytes(np.asarray(done.fitted.labels), int(options.rank), options.method == "jd-diag")
+        error = math.fsum(found.error for found in on_bases.values()) / len(on_bases)
         points.append(Choice(options.method, int(options.clusters), int(options.rank), size, error))
     return [
         {"method": c.method, "clusters": c.clusters, "rank": c.rank, "bytes": c.size_bytes, "error": c.error}
@@ -135,7 +167,7 @@ def _tradeoff(job: Job, on_basis: dict[str, AdapterError]) -> list[dict[str, Any
     ]
 
 
-def _svd_errors(job: Job, manifest: Manifest, compared: list[str]) -> dict[str, float]:
+def _svd_errors(done: Compressed, manifest: Manifest, compared: list[str]) -> dict[str, float]:
     """The compared adapters by plain SVD, in the bytes that they take in the bundle."""
     if not compared:
         return {}
@@ -145,9 +177,9 @@ def _svd_errors(job: Job, manifest: Manifest, compared: list[str]) -> dict[str, 
         if adapter.factors and adapter_id not in compared
     )
     spectra = {
-        adapter_id: {module: np.asarray(values) for module, values in job.spectra[adapter_id].items()}
+        adapter_id: {module: np.asarray(values) for module, values in done.collection.spectra[adapter_id].items()}
         for adapter_id in compared
     }
-    itemsize = job.context.dtype.itemsize
+    itemsize = done.chosen.context.dtype.itemsize
     component_bytes = {module: (shape.d_out + shape.d_in) * itemsize for module, shape in manifest.modules.items()}
     return errors_at_equal_bytes(spectra, component_bytes, budget)

@@ -24,8 +24,8 @@ from cluster.bundle.revisions import read_object
 from cluster.compression.methods import METHODS
 from cluster.errors import AdapterRefused, ConfigError, StoreForbidden, StoreMissing
 from cluster.store.address import open_store
+from compress_jobs.job.adapter_error import AdapterError
 from compress_jobs.job.standalone import stand_alone
-from compress_jobs.job.state import AdapterError
 from compress_jobs.lifecycle.projection import Projection, project
 from compress_jobs.lifecycle.revision import Arrival, Standing
 from compress_jobs.lifecycle.source import Source

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Collection
-from typing import Any
 
 from cluster.errors import ConfigError
 from compress_jobs.lifecycle.revision import next_revision, open_current, publish_next
 from compress_jobs.lifecycle.source import need_known
 
-_REMAINS = (
+REMAINS = (
     "The bases keep a trace of it, because they were fitted with it, until `compact --without` fits them without it; "
     "earlier revisions keep its core until `gc` deletes them."
 )
-_REMOVE = f"""\
-Take adapters out: they are no longer served, and their cores or factors are in no object of the new revision.
-
-What this does not do: {_REMAINS}
-Nor does it touch the collection: `add` without --adapter takes up again what still has a folder there.
-"""
-
-
-def add_parser(commands: Any) -> None:
-    remove = commands.add_parser(
-        "remove",
-        help="take adapters out of the bundle",
-        description=_REMOVE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    remove.add_argument("out", metavar="OUT", help="where the bundle is published")
-    remove.add_argument("--adapter", metavar="ID", nargs="+", action="extend", required=True)
-    remove.set_defaults(execute=_execute)
 
 
 def remove_adapters(out: str, ids: Collection[str]) -> list[str]:
@@ -48,13 +28,8 @@ def remove_adapters(out: str, ids: Collection[str]) -> list[str]:
     manifest = next_revision(standing, ids)
     lines = [f"removed    {adapter_id} ({_was(served[adapter_id].cluster)})" for adapter_id in sorted(set(ids))]
     lines += publish_next(standing, manifest, "remove", began)
-    return [*lines, f"remains    {_REMAINS}"]
+    return [*lines, f"remains    {REMAINS}"]
 
 
 def _was(cluster: str | None) -> str:
     return "was served by its own factors" if cluster is None else f"was on cluster {cluster}"
-
-
-def _execute(parsed: argparse.Namespace) -> int:
-    print("\n".join(remove_adapters(parsed.out, parsed.adapter)))
-    return 0

@@ -20,8 +20,8 @@ from cluster.hashing import hash_tensors
 from cluster.layer import ModuleShape
 from cluster.store.address import open_store
 from cluster.store.protocol import Store
+from compress_jobs.job.adapter_error import AdapterError
 from compress_jobs.job.standalone import StandaloneAdapter
-from compress_jobs.job.state import AdapterError
 from compress_jobs.lifecycle.projection import Projection
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import re
-from typing import Any
 
 from cluster.bundle.manifest import Manifest
 from cluster.bundle.publish import missing_objects, move_current
@@ -12,25 +10,7 @@ from cluster.bundle.revisions import manifest_key, read_manifest
 from cluster.errors import BundleError, ConfigError, StoreConflict, StoreMissing
 from compress_jobs.lifecycle.revision import Standing, open_current
 
-_ROLLBACK = """\
-Move CURRENT to its revision's parent, or to the revision named, after checking that everything it needs is there.
-Nothing is deleted: `rollback --to` moves forward again, until `gc` deletes what is not kept.
-"""
 _TARGET = re.compile(r"(?:(?P<bundle>b-[0-9a-f]{16})/)?(?P<revision>0|[1-9][0-9]*)")
-
-
-def add_parser(commands: Any) -> None:
-    rollback = commands.add_parser(
-        "rollback",
-        help="point CURRENT back to an earlier revision",
-        description=_ROLLBACK,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    rollback.add_argument("out", metavar="OUT", help="where the bundle is published")
-    rollback.add_argument(
-        "--to", metavar="REVISION", help="number of a revision, or BUNDLE/NUMBER of another bundle's (default: parent)"
-    )
-    rollback.set_defaults(execute=_execute)
 
 
 def roll_back(out: str, to: str | None) -> list[str]:
@@ -82,8 +62,3 @@ def _hold(standing: Standing, bundle: str, revision: int) -> Manifest:
 
 def _name(manifest: Manifest) -> str:
     return f"{manifest.bundle} revision {manifest.revision}"
-
-
-def _execute(parsed: argparse.Namespace) -> int:
-    print("\n".join(roll_back(parsed.out, parsed.to)))
-    return 0

@@ -24,10 +24,10 @@ from cluster.compression.choose import CollectionShape, choose_svd
 from cluster.compression.clustering import adapter_errors
 from cluster.compression.sample import Sample, kind_energies, sample_modules
 from cluster.compression.stack import stack_factors
+from cluster.compression.svd import adapter_spectra
 from cluster.compression.svd import spectra as squared_singular_values
 from cluster.errors import AdapterRefused, ConfigError, StoreForbidden, StoreMissing
 from cluster.store.protocol import Store
-from compress_jobs.job.inspect import adapter_spectra
 from compress_jobs.progress import track
 
 # The paper's 1000 adapters in 25 clusters are 40 a cluster.

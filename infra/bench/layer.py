@@ -135,7 +135,7 @@ def vllm_kernels(num_slots: int, ids: Sequence[int], case: Case, dtype: torch.dt
     from vllm.config.lora import LoRAConfig
     from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
 
-    from serve_app.engine.vllm.plugin.manager import update_kernels
+    from serve_app.engine.vllm.plugin.lora_layers import update_kernels
     from serve_app.engine.vllm.plugin.settings import slot_rank
 
     config = LoRAConfig(max_lora_rank=slot_rank(case.rank), max_loras=num_slots, lora_dtype=dtype)

@@ -76,9 +76,10 @@ def running_application(out: Path, port: int) -> Iterator[Any]:
     import ray
     from ray import serve
 
-    from compress_jobs.job import run as job
     from compress_jobs.job import tasks
     from compress_jobs.job.options import RunOptions
+    from compress_jobs.job.prepare import prepare
+    from compress_jobs.job.run import run
     from serve_app.app import build
 
     num_cpus = max(2, os.cpu_count() or 2)
@@ -92,13 +93,13 @@ def running_application(out: Path, port: int) -> Iterator[Any]:
     )
     # A Ray of its own, whatever the environment points at.
     os.environ.pop("RAY_ADDRESS", None)
-    prepared = job.prepare(options)
+    job = prepare(options)
     tasks.connect(options)
     # So that `make stop`, `kill` and a time limit end it as Ctrl-C does, with all that Ray started. Only now, for
     # Ray sets a handler of its own, which aborts and leaves processes behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        outcome = job.run(prepared)
+        outcome = run(job)
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(
             build(

@@ -102,12 +102,14 @@ def make_engine(spec: ReplicaSpec) -> Engine:
         "num_threads": spec.num_threads,
     }
     if spec.engine == "vllm":
-        from serve_app.engine.vllm.engine import VllmEngine, VllmSettings
+        from serve_app.engine.vllm.engine import VllmEngine
+        from serve_app.engine.vllm.options import VllmSettings
 
         kv_bytes = _kv_bytes(base, spec) if spec.device == "cpu" else None
         settings = VllmSettings(**common, kv_bytes=kv_bytes)
         return VllmEngine(base, bundle.serving_map, spec.homes, bundle.load_home, settings)
-    from serve_app.engine.transformers.engine import EngineSettings, TransformersEngine
+    from serve_app.engine.transformers.engine import TransformersEngine
+    from serve_app.engine.transformers.settings import EngineSettings
 
     return TransformersEngine(base, bundle.serving_map, spec.homes, bundle.load_home, EngineSettings(**common))
 

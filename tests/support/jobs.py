@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress_jobs.job import run as job
 from compress_jobs.job.options import RunOptions
+from compress_jobs.job.prepare import prepare
+from compress_jobs.job.run import Outcome, run
 
 # A few of the shipped adapters: rank 8, rank 16, rank 4 on q/v only, rsLoRA.
 FEW = ("number-en", "first-letter", "roman", "city-country", "country-fr", "past")
 
 
-def run_job(adapters: Path | str, base: Path | str, out: Path | str, **options: Any) -> job.Outcome:
-    return job.run(job.prepare(RunOptions(adapters=str(adapters), base=str(base), out=str(out), **options)))
+def run_job(adapters: Path | str, base: Path | str, out: Path | str, **options: Any) -> Outcome:
+    return run(prepare(RunOptions(adapters=str(adapters), base=str(base), out=str(out), **options)))
 
 
 def copy_adapters(zoo: Path, target: Path, names: tuple[str, ...] = FEW) -> Path:

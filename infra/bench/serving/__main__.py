@@ -69,7 +69,7 @@ from infra.bench.serving.http_rows import start_stack, start_vllm_server
 from infra.bench.serving.load import LOADS, POPULARITIES, Row, Run, draw_questions, drive
 from infra.bench.serving.registered import enlarge
 from infra.bench.serving.rows import EngineRow, StockRow
-from serve_app.engine.vllm.engine import VllmSettings
+from serve_app.engine.vllm.options import VllmSettings
 from serve_app.engine.vllm.plugin import compatibility
 from serve_app.placement import DTYPE_BYTES
 

@@ -13,7 +13,8 @@ from cluster.bundle.reading import Bundle
 from cluster.bundle.serving_map import ServingMap
 from infra.bench.serving.load import Question
 from serve_app.engine.protocol import GenerationRequest
-from serve_app.engine.vllm.engine import VllmEngine, VllmSettings, base_options
+from serve_app.engine.vllm.engine import VllmEngine
+from serve_app.engine.vllm.options import VllmSettings, base_options
 from serve_app.engine.vllm.plugin.settings import slot_rank
 from serve_app.placement import home_sizes
 
@@ -130,7 +131,8 @@ def _make_engine(
 ) -> Any:
     if engine == "vllm":
         return VllmEngine(base, served, homes, bundle.load_home, settings)
-    from serve_app.engine.transformers.engine import EngineSettings, TransformersEngine
+    from serve_app.engine.transformers.engine import TransformersEngine
+    from serve_app.engine.transformers.settings import EngineSettings
 
     own = EngineSettings(
         device=settings.device,

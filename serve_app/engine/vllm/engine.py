@@ -13,11 +13,9 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
 import tempfile
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +26,12 @@ from cluster.bundle.serving_map import ServedAdapter, ServingMap
 from cluster.errors import BaseModelError, BundleError, ConfigError, EngineStopped, HomeUnavailable, RequestError
 from serve_app.engine.prompt import PromptReader
 from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationRequest
+from serve_app.engine.vllm.options import VllmSettings, base_options, home_options
 from serve_app.engine.vllm.plugin import compatibility, parent
 from serve_app.engine.vllm.plugin.home_file import write_home
-from serve_app.engine.vllm.plugin.settings import PluginSettings, Products, slot_rank
 from serve_app.engine.vllm.plugin.token_index import write_path
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class VllmSettings:
-    """``max_batch`` requests run at once; ``max_model_len`` bounds prompt and answer together, in tokens.
-
-    ``kv_bytes`` are for keys and values; None: what is left of a GPU. ``num_threads`` is for torch on
-    a CPU. ``products`` None: numba on a CPU in float32, grouped in what Numba has no numbers for, static on a GPU (see
-    ``serve_app.engine.vllm.plugin.settings``).
-    """
-
-    device: str = "cpu"
-    dtype: str = "float32"
-    max_batch: int = 32
-    max_model_len: int = 2048
-    num_threads: int | None = None
-    kv_bytes: int | None = 1 << 30
-    tensor_parallel_size: int = 1
-    products: Products | None = None
 
 
 class VllmEngine:
@@ -214,46 +193,10 @@ class VllmEngine:
 
         if not self._base_path.is_dir():
             raise BaseModelError(f"base model {self._base_path}: no such folder; expected one that transformers loads")
-        options: dict[str, Any] = {}
-        if loaded:
-            plugin = self._plugin_settings(loaded)
-            options = {
-                "enable_lora": True,
-                # Of distinct adapters in a batch, which is no limit of ours.
-                "max_loras": settings.max_batch,
-                # vLLM starts only where its cache has room for all LoRA slots, of which we make our own number.
-                "max_cpu_loras": max(settings.max_batch, plugin.num_factor_slots + 1),
-                "max_lora_rank": slot_rank(_largest_rank(loaded, "factors:")),
-                "lora_target_modules": sorted({name.rpartition(".")[2] for own in loaded.values() for name in own}),
-                "additional_config": plugin.to_config(),
-                "worker_extension_cls": "serve_app.engine.vllm.plugin.worker.HomeWorker",
-            }
+        options = home_options(loaded, self._first_homes, self._num_slots, settings) if loaded else {}
         tokenizer = AutoTokenizer.from_pretrained(self._base_path, local_files_only=True, trust_remote_code=False)
         args = AsyncEngineArgs(**shared, **options)
         return AsyncLLM.from_engine_args(args), tokenizer
-
-    def _plugin_settings(self, loaded: Mapping[str, HomeWeights]) -> PluginSettings:
-        """Room for every home the engine was given, those that failed to load included."""
-        clusters = [home for home in self._first_homes if home.startswith("cluster:")]
-        diagonal = {
-            own.cores.dim() == 2 for weights in loaded.values() for own in weights.values() if own.cores is not None
-        }
-        if len(diagonal) > 1:
-            raise ConfigError(
-                "engine vllm: clusters with diagonal and with full cores in one replica are not supported; set "
-                "placement.clusters_per_group to 1, or engine to transformers"
-            )
-        by_device: Products = "static"
-        if self._settings.device == "cpu":
-            by_device = "numba" if self._settings.dtype == "float32" else "grouped"
-        return PluginSettings(
-            num_clusters=len(clusters),
-            slots_per_cluster=max((self._num_slots[home] for home in clusters), default=0),
-            rank=_largest_rank(loaded, "cluster:"),
-            num_factor_slots=len(self._first_homes) - len(clusters),
-            is_diagonal=diagonal == {True},
-            products=self._settings.products or by_device,
-        )
 
     def _lora_request(self, served: ServedAdapter | None) -> Any:
         if served is None:
@@ -307,38 +250,6 @@ class VllmEngine:
         return EngineStopped(f"vLLM: {type(error).__name__}: {error}")
 
 
-def base_options(base: Path, settings: VllmSettings) -> dict[str, Any]:
-    """vLLM's own arguments for ``base`` alone; the adapters' come on top. Sets the environment of this process and of
-    those that vLLM starts: before vLLM is imported, which reads it then."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    options: dict[str, Any] = {}
-    if settings.device == "cpu":
-        # Replicas share a machine: bound threads would all sit on the first cores.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        if settings.num_threads is not None:
-            os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
-        options = {"enforce_eager": True}
-        if settings.tensor_parallel_size == 1:
-            # The worker within vLLM's engine process. On CPUs it is a process of its own otherwise, for which that one
-            # waits by spinning: on a core that the products need. By name: vLLM turns plain "uni" back.
-            options["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-    if settings.kv_bytes is not None:
-        options["kv_cache_memory_bytes"] = settings.kv_bytes
-    return options | {
-        "model": str(base),
-        "load_format": "safetensors",
-        "dtype": settings.dtype,
-        "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.max_batch,
-        "tensor_parallel_size": settings.tensor_parallel_size,
-        "enable_prefix_caching": True,
-        "trust_remote_code": False,
-        "generation_config": "vllm",  # sampling is what the request says, no file's defaults
-        "disable_log_stats": True,
-    }
-
-
 def _check_weights(home: str, module: str, own: Any, num_slots: int) -> None:
     if own.cores is not None and own.cores.shape[0] < num_slots:
         raise BundleError(
@@ -348,13 +259,3 @@ def _check_weights(home: str, module: str, own: Any, num_slots: int) -> None:
         if tensor is not None and not torch.isfinite(tensor).all():
             # vLLM samples from whatever comes out; nothing behind this check would notice.
             raise BundleError(f"home {home!r}: {part} of module {module!r} is not finite; compress it anew")
-
-
-def _largest_rank(loaded: Mapping[str, HomeWeights], kind: str) -> int:
-    ranks = [
-        max(own.U.shape[1], own.V.shape[1])
-        for home, weights in loaded.items()
-        if home.startswith(kind)
-        for own in weights.values()
-    ]
-    return max(ranks, default=1)

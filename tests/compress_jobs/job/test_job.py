@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from cluster.bundle.reading import Bundle
 from cluster.errors import BundleError, ConfigError
 from compress_jobs.__main__ import main
-from compress_jobs.job import run as job
-from compress_jobs.job import tasks
+from compress_jobs.job import run, tasks
+from compress_jobs.job.choose import Chosen
+from compress_jobs.job.cluster import Clustered, cluster_all
+from compress_jobs.job.run import Outcome
 from tests.support.jobs import (
     FEW,
     copy_adapters,
@@ -39,14 +41,14 @@ RESUMED = {"clusters": 2, "rank": 8, "gate": 0.05}  # some end on a basis, some 
 
 
 @pytest.fixture(scope="module")
-def published(base_path: Path, zoo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, job.Outcome]:
+def published(base_path: Path, zoo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """All shipped adapters, two clusters of rank 16, one opted out."""
     out = tmp_path_factory.mktemp("published")
     return out, run_job(zoo_path, base_path, out, raw=("add",), **OPTIONS)
 
 
 def test_every_error_in_the_manifest_is_what_a_dense_reconstruction_of_the_objects_gives(
-    published: tuple[Path, job.Outcome], zoo_path: Path
+    published: tuple[Path, Outcome], zoo_path: Path
 ) -> None:
     out, _ = published
     manifest = current_manifest(out)
@@ -56,7 +58,7 @@ def test_every_error_in_the_manifest_is_what_a_dense_reconstruction_of_the_objec
         assert adapter["error"] == pytest.approx(dense, abs=1e-5), adapter_id
 
 
-def test_the_summary_counts_what_was_published(published: tuple[Path, job.Outcome], zoo_path: Path) -> None:
+def test_the_summary_counts_what_was_published(published: tuple[Path, Outcome], zoo_path: Path) -> None:
     out, outcome = published
     summary, manifest = outcome.summary, outcome.manifest
     assert summary is not None
@@ -75,7 +77,7 @@ def test_the_summary_counts_what_was_published(published: tuple[Path, job.Outcom
 
 
 def test_the_svd_figure_is_what_truncating_every_adapter_in_those_bytes_leaves(
-    published: tuple[Path, job.Outcome], zoo_path: Path
+    published: tuple[Path, Outcome], zoo_path: Path
 ) -> None:
     """Independently: all components of all adapters by gain a byte, until the bytes are spent."""
     out, outcome = published
@@ -103,7 +105,7 @@ def test_the_svd_figure_is_what_truncating_every_adapter_in_those_bytes_leaves(
 
 
 def test_a_second_run_publishes_nothing_new(
-    published: tuple[Path, job.Outcome], base_path: Path, zoo_path: Path, capsys: pytest.CaptureFixture[str]
+    published: tuple[Path, Outcome], base_path: Path, zoo_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, first = published
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and ".cts" not in path.name}
@@ -125,7 +127,7 @@ def test_a_lost_object_makes_the_next_run_restore_it(base_path: Path, zoo_path: 
 
 
 def test_same_inputs_and_seed_give_the_same_bytes(
-    published: tuple[Path, job.Outcome], base_path: Path, zoo_path: Path, tmp_path: Path
+    published: tuple[Path, Outcome], base_path: Path, zoo_path: Path, tmp_path: Path
 ) -> None:
     out, first = published
     second = run_job(zoo_path, base_path, tmp_path / "out", raw=("add",), in_flight=1, **OPTIONS)
@@ -174,7 +176,7 @@ def test_svd_alone_cuts_every_adapter_to_the_rank(base_path: Path, zoo_path: Pat
         assert adapter["error"] == pytest.approx(dense, abs=1e-5)
 
 
-def test_a_raw_adapter_is_served_bit_for_bit(published: tuple[Path, job.Outcome], zoo_path: Path) -> None:
+def test_a_raw_adapter_is_served_bit_for_bit(published: tuple[Path, Outcome], zoo_path: Path) -> None:
     out, _ = published
     manifest = current_manifest(out)
     assert manifest["adapters"]["add"]["error"] == 0
@@ -220,12 +222,11 @@ def test_an_adapter_replaced_during_the_job_is_named_and_the_others_are_served(
 ) -> None:
     adapters = copy_adapters(zoo_path, tmp_path / "adapters")
 
-    def replace_then_cluster(running: job.Job) -> None:
+    def replace_then_cluster(chosen: Chosen) -> Clustered | None:
         scale_factor_b(adapters / "past", 2.0)
-        cluster(running)
+        return cluster_all(chosen)
 
-    cluster = job._cluster
-    monkeypatch.setattr(job, "_cluster", replace_then_cluster)
+    monkeypatch.setattr(run, "cluster_all", replace_then_cluster)
     outcome = run_job(adapters, base_path, tmp_path / "out", rank=16)
     assert outcome.manifest.refused["past"].reason == "changed"
     assert set(outcome.manifest.adapters) == set(FEW) - {"past"}
@@ -249,13 +250,12 @@ def test_modules_that_only_changed_adapters_touch_are_left_out_and_nothing_else(
     """Of these three only ``past`` has k_proj."""
     adapters = copy_adapters(zoo_path, tmp_path / "adapters", ("city-country", "country-id", "past"))
 
-    def replace_then_cluster(running: job.Job) -> None:
+    def replace_then_cluster(chosen: Chosen) -> Clustered | None:
         for name in changing:
             scale_factor_b(adapters / name, 2.0)
-        cluster(running)
+        return cluster_all(chosen)
 
-    cluster = job._cluster
-    monkeypatch.setattr(job, "_cluster", replace_then_cluster)
+    monkeypatch.setattr(run, "cluster_all", replace_then_cluster)
     if len(changing) == 3:
         with pytest.raises(BundleError, match="every adapter changed during the job"):
             run_job(adapters, base_path, tmp_path / "out", rank=8)
@@ -274,12 +274,12 @@ def test_of_two_jobs_racing_for_current_one_wins_and_the_other_says_so(
     winner: list[str] = []
 
     def other_job_first(*arguments: object) -> object:
-        monkeypatch.setattr(job, "publish", publish)
+        monkeypatch.setattr(run, "publish", publish)
         winner.append(run_job(adapters, base_path, out, rank=4).manifest.bundle)
         return publish(*arguments)  # type: ignore[arg-type]
 
-    publish = job.publish
-    monkeypatch.setattr(job, "publish", other_job_first)
+    publish = run.publish
+    monkeypatch.setattr(run, "publish", other_job_first)
     monkeypatch.setattr(tasks, "connect", lambda _: None)
     status = main(["run", "--adapters", str(adapters), "--base", str(base_path), "--out", str(out), "--rank", "8"])
     assert status == 1
@@ -306,7 +306,7 @@ def test_no_tensor_of_the_collection_passes_through_the_driver(
 
 
 def test_an_export_is_what_is_served_as_peft_reads_it(
-    published: tuple[Path, job.Outcome], base_path: Path, tmp_path: Path
+    published: tuple[Path, Outcome], base_path: Path, tmp_path: Path
 ) -> None:
     from peft import LoraConfig
 
@@ -328,9 +328,7 @@ def test_an_export_is_what_is_served_as_peft_reads_it(
     assert main(["export", str(out), "--adapter", "nobody", "--to", str(tmp_path / "new")]) == 1
 
 
-def test_an_export_can_be_compressed_again(
-    published: tuple[Path, job.Outcome], base_path: Path, tmp_path: Path
-) -> None:
+def test_an_export_can_be_compressed_again(published: tuple[Path, Outcome], base_path: Path, tmp_path: Path) -> None:
     out, _ = published
     for adapter_id in ("roman", "city-country"):
         main(["export", str(out), "--adapter", adapter_id, "--to", str(tmp_path / "adapters" / adapter_id)])
@@ -342,7 +340,7 @@ def test_an_export_can_be_compressed_again(
 
 
 def test_show_prints_every_adapter_and_one_in_full(
-    published: tuple[Path, job.Outcome], capsys: pytest.CaptureFixture[str]
+    published: tuple[Path, Outcome], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, outcome = published
     assert main(["show", str(out)]) == 0
@@ -368,7 +366,7 @@ def test_nothing_acceptable_publishes_nothing(base_path: Path, zoo_path: Path, t
     assert not (tmp_path / "out" / "CURRENT").exists()
 
 
-def test_work_is_cleaned_up(published: tuple[Path, job.Outcome]) -> None:
+def test_work_is_cleaned_up(published: tuple[Path, Outcome]) -> None:
     assert [path for path in (published[0] / "work").rglob("*") if path.is_file() and ".cts" not in path.name] == []
 
 
@@ -383,7 +381,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: str, *arguments: Path, **opti
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(job, step, stop)
+        patched.setattr(run, step, stop)
         with pytest.raises(Stopped):
             run_job(*arguments, **options)
 
@@ -396,7 +394,7 @@ def parts_of(out: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base_path: Path, zoo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, job.Outcome]:
+def undisturbed(base_path: Path, zoo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """What RESUMED gives of three adapters when nothing happens."""
     root = tmp_path_factory.mktemp("undisturbed")
     adapters = copy_adapters(zoo_path, root / "adapters", FEW[:3])
@@ -404,11 +402,11 @@ def undisturbed(base_path: Path, zoo_path: Path, tmp_path_factory: pytest.TempPa
 
 
 def test_a_stopped_job_goes_on_and_does_nothing_twice(
-    undisturbed: tuple[Path, job.Outcome], base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: tuple[Path, Outcome], base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapters, out = undisturbed[0] / "adapters", tmp_path / "out"
     parts: dict[str, int] = {}
-    for step in ("_cluster", "_fit", "_assemble", "publish", "_clean_up"):
+    for step in ("cluster_all", "fit_all", "assemble_all", "publish", "_clean_up"):
         stop_at(monkeypatch, step, adapters, base_path, out, **RESUMED)
         left = parts_of(out)
         assert len(left) > len(parts) or step == "_clean_up"
@@ -425,7 +423,7 @@ def test_a_stopped_job_goes_on_and_does_nothing_twice(
 
 @pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in (1, 2, 3))])
 def test_damaged_parts_are_done_again(
-    undisturbed: tuple[Path, job.Outcome], base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turn: int
+    undisturbed: tuple[Path, Outcome], base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turn: int
 ) -> None:
     """Each file that a stopped job left is cut short, emptied, removed, or has a bit flipped."""
     adapters, out = undisturbed[0] / "adapters", tmp_path / "out"
@@ -450,7 +448,7 @@ def test_damaged_parts_are_done_again(
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["objects/*.safetensors", "work/*/fits/*/3-0.safetensors"])
 def test_intact_parts_whose_tensors_are_damaged_are_done_again(
-    undisturbed: tuple[Path, job.Outcome], base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+    undisturbed: tuple[Path, Outcome], base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
     adapters, out = undisturbed[0] / "adapters", tmp_path / "out"
     stop_at(monkeypatch, "publish", adapters, base_path, out, **RESUMED)

@@ -9,7 +9,8 @@ import pytest
 
 from cluster.errors import ConfigError
 from compress_jobs.__main__ import main
-from compress_jobs.job.options import RunOptions, add_arguments, from_arguments
+from compress_jobs.commands.run_options import add_arguments, from_arguments
+from compress_jobs.job.options import RunOptions
 
 REQUIRED = ["--adapters", "a", "--base", "b", "--out", "c"]
 

@@ -21,10 +21,11 @@ from cluster.store.address import open_store
 from cluster.store.local import LocalStore
 from cluster.store.protocol import Entry
 from compress_jobs.__main__ import main
-from compress_jobs.commands.add import add_adapters
-from compress_jobs.job import run as job
+from compress_jobs.commands.gc import duration_s
+from compress_jobs.job import run
 from compress_jobs.lifecycle import revision
-from compress_jobs.lifecycle.gc import collect, duration_s
+from compress_jobs.lifecycle.add import add_adapters
+from compress_jobs.lifecycle.gc import collect
 from compress_jobs.lifecycle.remove import remove_adapters
 from compress_jobs.lifecycle.rollback import roll_back
 from compress_jobs.lifecycle.source import Source
@@ -394,7 +395,7 @@ def test_a_gc_that_never_rests_loses_nothing_of_a_run(
 
         return called
 
-    monkeypatch.setattr(job, "publish", gc_first(job.publish))
+    monkeypatch.setattr(run, "publish", gc_first(run.publish))
     monkeypatch.setattr(publishing, "move_current", gc_first(publishing.move_current))
     old = Bundle.open(str(out)).manifest
     make_older(out, 5 * DAY_S)

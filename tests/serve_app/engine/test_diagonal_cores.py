@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cluster.bundle.export import export_adapter
 from cluster.bundle.reading import Bundle
 from serve_app.engine.protocol import GenerationRequest
-from serve_app.engine.transformers.engine import EngineSettings, TransformersEngine
+from serve_app.engine.transformers.engine import TransformersEngine
+from serve_app.engine.transformers.settings import EngineSettings
 from tests.support.bundles import read_factors, write_bundle
 
 # Rank 8, and rank 16 with another alpha; the full cores of a second cluster and the base run in the same batch.

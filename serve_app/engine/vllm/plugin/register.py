@@ -5,14 +5,12 @@ built. It rebinds one name, the class that the model runner makes its LoRA manag
 our section of ``additional_config`` gets vLLM's own class, as if we were not installed.
 
 A request's life here: ``serve_app.engine.vllm.engine`` names the adapter's place (home and slot) in the request's
-``lora_path`` -> vLLM schedules it like any LoRA request -> ``manager`` turns the batch's LoRA ids into an index for
-each token (``token_index``) -> each adapted layer adds U S V^T x from its stack (``basis_stack``).
+``lora_path`` -> vLLM schedules it like any LoRA request -> ``worker_manager`` looks whose adapters are in the batch,
+``model_manager`` turns their LoRA ids into an index for each token (``token_index``) -> each adapted layer adds
+U S V^T x from its stack (``basis_stack``).
 """
 
 from __future__ import annotations
-
-SECTION = "compress_then_serve"
-"""Our key in vLLM's ``additional_config``."""
 
 
 def register() -> None:
@@ -25,6 +23,6 @@ def register() -> None:
         return
     from vllm.v1.worker import lora_model_runner_mixin
 
-    from serve_app.engine.vllm.plugin.manager import make_manager
+    from serve_app.engine.vllm.plugin.worker_manager import make_manager
 
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = make_manager

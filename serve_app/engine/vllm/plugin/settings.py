@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.errors import ConfigError
-from serve_app.engine.vllm.plugin.register import SECTION
+
+SECTION = "compress_then_serve"
+"""Our key in vLLM's ``additional_config``."""
 
 Products = Literal["grouped", "numba", "static", "triton"]
 

@@ -39,7 +39,8 @@ from cluster.errors import (
 )
 from cluster.layer import ModuleWeights
 from serve_app.engine.protocol import GenerationChunk, GenerationRequest
-from serve_app.engine.transformers.engine import EngineSettings, TransformersEngine
+from serve_app.engine.transformers.engine import TransformersEngine
+from serve_app.engine.transformers.settings import EngineSettings
 
 CLUSTERS = {
     # Rank 8; rank 8 with rsLoRA; rank 4 on q and v only.

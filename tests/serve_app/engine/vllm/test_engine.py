@@ -31,7 +31,8 @@ from cluster.errors import (
     UnknownAdapter,
 )
 from cluster.layer import ModuleWeights
-from serve_app.engine.vllm.engine import VllmEngine, VllmSettings
+from serve_app.engine.vllm.engine import VllmEngine
+from serve_app.engine.vllm.options import VllmSettings
 from serve_app.engine.vllm.plugin import compatibility
 from tests.serve_app.engine.transformers.test_engine import (
     BROKEN,
@@ -297,11 +298,11 @@ def test_a_seed_draws_the_same_tokens_again(running: Running) -> None:
 
 
 def test_engines_that_are_not_ours_get_vllms_own_manager(monkeypatch: pytest.MonkeyPatch) -> None:
-    from serve_app.engine.vllm.plugin import manager
+    from serve_app.engine.vllm.plugin import worker_manager
     from serve_app.engine.vllm.plugin.register import register
 
     for cls in ("HomeWorkerManager", "StockWorkerManager"):
-        monkeypatch.setattr(manager, cls, lambda *_, name=cls: name)
+        monkeypatch.setattr(worker_manager, cls, lambda *_, name=cls: name)
     register()
     register()  # vLLM may call it more than once
     from vllm.v1.worker import lora_model_runner_mixin as mixin
@@ -348,8 +349,8 @@ def test_settings_that_were_never_tried_are_refused_by_name(
 
 def test_warm_up_holds_compressed_and_raw_adapters() -> None:
     """The trap: dummies of one kind only, and a capture knows no other."""
-    from serve_app.engine.vllm.plugin.manager import HomeWorkerManager
     from serve_app.engine.vllm.plugin.settings import PluginSettings
+    from serve_app.engine.vllm.plugin.worker_manager import HomeWorkerManager
 
     worker = object.__new__(HomeWorkerManager)
     worker.lora_config = SimpleNamespace(max_loras=8)
@@ -364,7 +365,7 @@ def test_tensor_parallel_ranks_add_up_to_the_whole_delta(num_ranks: int) -> None
     """By vLLM's own slicing rules, on layers that hold just what these rules read."""
     from vllm.lora.layers import MergedQKVParallelLinearWithLoRA, RowParallelLinearWithLoRA
 
-    from serve_app.engine.vllm.plugin.manager import shard
+    from serve_app.engine.vllm.plugin.lora_layers import shard
 
     torch.manual_seed(0)
     d_in, d_outs, r = 12, (24, 12, 12), 4

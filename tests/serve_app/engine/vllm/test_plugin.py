@@ -16,8 +16,8 @@ from cluster.layer import ModuleWeights
 from serve_app.app import choose_engine
 from serve_app.engine.vllm.plugin import compatibility
 from serve_app.engine.vllm.plugin.basis_stack import BasisStack
-from serve_app.engine.vllm.plugin.register import SECTION, register
-from serve_app.engine.vllm.plugin.settings import PluginSettings, slot_rank
+from serve_app.engine.vllm.plugin.register import register
+from serve_app.engine.vllm.plugin.settings import SECTION, PluginSettings, slot_rank
 from serve_app.engine.vllm.plugin.token_index import Place, TokenIndex, read_path, write_path
 
 D_IN, D_OUTS = 24, (16, 8, 8)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,23 +15,14 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from cluster.errors import BundleError, ConfigError
 from cluster.layer import ModuleWeights
 from serve_app.engine.vllm.plugin import compatibility
 from serve_app.engine.vllm.plugin.basis_stack import BasisStack
-from serve_app.engine.vllm.plugin.home_file import read_home
+from serve_app.engine.vllm.plugin.lora_layers import set_factors, shard, update_kernels
 from serve_app.engine.vllm.plugin.settings import PluginSettings
 from serve_app.engine.vllm.plugin.token_index import Place, TokenIndex, read_path
-
-StockWorkerManager = LRUCacheWorkerLoRAManager
-
-
-def make_manager(vllm_config: Any, *args: Any, **kwargs: Any) -> LRUCacheWorkerLoRAManager:
-    """Stands where the model runner looks for its manager's class."""
-    ours = PluginSettings.of(vllm_config.additional_config) is not None
-    return (HomeWorkerManager if ours else StockWorkerManager)(vllm_config, *args, **kwargs)
 
 
 class HomeModelManager(LRUCacheLoRAModelManager):
@@ -229,97 +218,3 @@ class HomeModelManager(LRUCacheLoRAModelManager):
                     f"and {self.settings.slots_per_cluster} {'diagonal' if self.settings.is_diagonal else 'full'} "
                     "cores a cluster; start the replica anew"
                 )
-
-
-class HomeWorkerManager(LRUCacheWorkerLoRAManager):
-    """What the model runner calls. Each step costs a look at the adapters of the batch, and nothing for others."""
-
-    _manager_cls = HomeModelManager
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._paths: dict[int, str] = {}
-
-    def _apply_adapters(self, lora_requests: set[Any]) -> None:
-        manager = self._adapter_manager
-        wanted = {request.lora_int_id: request.lora_path for request in lora_requests if request}
-        if wanted == self._paths:
-            return
-        self._paths = wanted
-        # The mapping is kept by vLLM for as long as the batch's ids are the same; their places are new.
-        manager._last_mapping = None
-        manager.places = {
-            lora_id: self._dummies[lora_id] if path == DUMMY_PATH else manager.place_of(path)
-            for lora_id, path in wanted.items()
-        }
-
-    def attach(self, home: str, folder: str) -> None:
-        self._adapter_manager.attach(home, read_home(Path(folder)))
-        self._paths = {}
-
-    def detach(self, home: str) -> None:
-        self._adapter_manager.detach(home)
-        self._paths = {}
-
-    # For warm-up and graph capture vLLM adds dummies: both kinds, so that no path is captured without the other.
-
-    @cached_property
-    def _dummies(self) -> dict[int, Place]:
-        settings = self._adapter_manager.settings
-        places = [Place(position, 0) for position in range(settings.num_clusters)]
-        places += [Place(None, slot) for slot in range(settings.num_factor_slots)]
-        return {lora_id: places[lora_id % len(places)] for lora_id in range(1, self.lora_config.max_loras + 1)}
-
-    def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
-        return True
-
-    def add_adapter(self, lora_request: Any) -> bool:
-        return True
-
-    def remove_adapter(self, adapter_id: int) -> bool:
-        return False
-
-    def remove_all_adapters(self) -> None:
-        self._paths = {}
-        self._adapter_manager.remove_all_adapters()
-
-    def list_adapters(self) -> set[int]:
-        return set(self._adapter_manager.places)
-
-
-DUMMY_PATH = "/not/a/real/path"
-"""Of the dummy requests that vLLM's model runner makes."""
-
-
-def update_kernels(kernels: Any, ids: Sequence[int], num_slots: int) -> None:
-    """Point vLLM's shrink and expand at slot ids[t] - 1 for each token, at none for 0."""
-    mapping = LoRAMapping(tuple(ids), tuple(ids), is_prefill=True)
-    # vLLM's own convention: one more than the slots that hold something.
-    kernels.update_metadata(mapping, [*range(1, num_slots), None], num_slots + 1, 0)
-
-
-def shard(layer: Any, slice_index: int, weights: ModuleWeights | None) -> ModuleWeights | None:
-    """This rank's part, cut by the layer's own rules: V over the input's features in a row-parallel layer, U over
-    the output's in a column-parallel one. (Ranks add up U S V^T x over V's parts; cores are whole everywhere.)"""
-    if weights is None or layer.tp_size == 1:
-        return weights
-    if layer.n_slices == 1:
-        A, B = layer.slice_lora_a(weights.V.T), layer.slice_lora_b(weights.U)
-    else:
-        packed_A: list[Tensor | None] = [None] * layer.n_slices
-        packed_B: list[Tensor | None] = [None] * layer.n_slices
-        packed_A[slice_index], packed_B[slice_index] = weights.V.T, weights.U
-        A, B = layer.slice_lora_a(packed_A)[slice_index], layer.slice_lora_b(packed_B)[slice_index]
-    return ModuleWeights(U=B, V=A.T, cores=weights.cores)
-
-
-def set_factors(layer: Any, slot: int, slices: Sequence[ModuleWeights | None]) -> None:
-    """Into vLLM's own slot, by its own rules (which slice them for tensor parallelism)."""
-    A = [None if weights is None else weights.V.T for weights in slices]
-    B = [None if weights is None else weights.U for weights in slices]
-    if len(slices) > 1:
-        layer.set_lora(slot, A, B)
-    elif A[0] is None:
-        layer.reset_lora(slot)
-    else:
-        layer.set_lora(slot, A[0], B[0])

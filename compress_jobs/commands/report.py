@@ -1,0 +1,34 @@
+"""``report``: a revision's report as a file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cluster.bundle.reading import Bundle
+from cluster.errors import ConfigError
+from compress_jobs.report.render import read_notes, render
+
+
+def add_parser(commands: Any) -> None:
+    """The ``report`` command, among argparse's subparsers."""
+    parser = commands.add_parser(
+        "report",
+        help="write report.html: errors, clusters, bytes and what was refused, with figures",
+        description="Write a revision's report as one self-contained HTML file: no script, nothing from elsewhere.",
+    )
+    parser.add_argument("uri", help="the job's --out (its CURRENT revision), or <out>/bundles/<bundle_id>")
+    parser.add_argument("--to", metavar="FILE", type=Path, default=Path("report.html"), help="(default: report.html)")
+    parser.set_defaults(execute=_execute)
+
+
+def _execute(parsed: argparse.Namespace) -> int:
+    bundle = Bundle.open(parsed.uri)
+    document = render(bundle.manifest, read_notes(bundle))
+    try:
+        parsed.to.write_bytes(document.encode())
+    except OSError as error:
+        raise ConfigError(f"--to {parsed.to}: {error.strerror}; give a file that can be written") from None
+    print(f"wrote {parsed.to.resolve()}: bundle {bundle.manifest.bundle} revision {bundle.manifest.revision}")
+    return 0

@@ -1,0 +1,83 @@
+"""The options of ``run`` from the command line and a TOML file: one for each field of ``RunOptions``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ConfigError
+from compress_jobs.job.options import AUTO, RunOptions, need
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """An option for each field; defaults stay unset, so that a config file can be told from the command line."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML file with the same options, names with - or _"
+    )
+    for spec in dataclasses.fields(RunOptions):
+        is_list = isinstance(spec.default, tuple)
+        help_text = spec.metadata["help"]
+        if not is_list and spec.default not in ("", 0, 0.0):
+            help_text += f" (default: {spec.default})"
+        more: dict[str, Any] = {key: value for key, value in spec.metadata.items() if key != "help"}
+        if is_list:
+            more["action"] = "append"
+        else:
+            more["type"] = _whole_or_auto if "int | str" in str(spec.type) else type(spec.default)
+        parser.add_argument("--" + spec.name.replace("_", "-"), default=None, help=help_text, **more)
+
+
+def _whole_or_auto(text: str) -> int | str:
+    return text if text == AUTO else int(text)
+
+
+_whole_or_auto.__name__ = "whole number or auto"  # argparse says this where it is not
+
+
+def from_arguments(arguments: argparse.Namespace) -> RunOptions:
+    """Command line over config file over defaults. Raises ConfigError."""
+    values = _read_config(arguments.config) if arguments.config else {}
+    for spec in dataclasses.fields(RunOptions):
+        given = getattr(arguments, spec.name)
+        if given is not None:
+            values[spec.name] = tuple(given) if isinstance(spec.default, tuple) else given
+    return RunOptions(**values)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not TOML ({error})") from None
+    specs = {spec.name: spec for spec in dataclasses.fields(RunOptions)}
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        spec = specs.get(key.replace("-", "_"))
+        if spec is None:
+            known = ", ".join(sorted(name.replace("_", "-") for name in specs))
+            raise ConfigError(f"--config {path}: unknown key {key!r}; known keys are {known}")
+        allows_auto = "int | str" in str(spec.type)
+        where = f"--config {path}: {key}"
+        values[spec.name] = value if allows_auto and value == AUTO else _typed(spec.default, value, where)
+    return values
+
+
+def _typed(default: Any, value: Any, where: str) -> Any:
+    if isinstance(default, tuple):
+        names = [value] if isinstance(value, str) else value
+        need(
+            isinstance(names, list) and all(isinstance(name, str) for name in names),
+            where,
+            f"is {value!r}",
+            "expected strings",
+        )
+        return tuple(names)
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    need(type(value) is type(default), where, f"is {value!r}", f"expected {type(default).__name__}")
+    return value

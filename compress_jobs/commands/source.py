@@ -1,0 +1,26 @@
+"""The arguments by which ``add`` and ``update`` are told where adapters come from."""
+
+from __future__ import annotations
+
+import argparse
+
+from compress_jobs.lifecycle.source import Source
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, ids: str) -> None:
+    parser.add_argument("out", metavar="OUT", help="where the bundle is published")
+    parser.add_argument("--adapters", metavar="URI", required=True, help="the collection, as `run` was given it")
+    parser.add_argument("--base", metavar="URI", required=True, help="the base model's folder")
+    parser.add_argument("--adapter", metavar="ID", nargs="+", action="extend", default=[], help=ids)
+    parser.add_argument(
+        "--accept-base",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="further name adapters may call this base by (repeatable)",
+    )
+
+
+def source_of(parsed: argparse.Namespace) -> Source:
+    ids, accepted = tuple(dict.fromkeys(parsed.adapter)), tuple(parsed.accept_base)
+    return Source(parsed.out, parsed.adapters, parsed.base, ids, accepted)

@@ -1,0 +1,118 @@
+"""What vLLM is started with: for the base alone, and for the homes on top."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.bundle.reading import HomeWeights
+from cluster.errors import ConfigError
+from serve_app.engine.vllm.plugin.settings import PluginSettings, Products, slot_rank
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """``max_batch`` requests run at once; ``max_model_len`` bounds prompt and answer together, in tokens.
+
+    ``kv_bytes`` are for keys and values; None: what is left of a GPU. ``num_threads`` is for torch on
+    a CPU. ``products`` None: numba on a CPU in float32, grouped in what Numba has no numbers for, static on a GPU (see
+    ``serve_app.engine.vllm.plugin.settings``).
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    max_batch: int = 32
+    max_model_len: int = 2048
+    num_threads: int | None = None
+    kv_bytes: int | None = 1 << 30
+    tensor_parallel_size: int = 1
+    products: Products | None = None
+
+
+def base_options(base: Path, settings: VllmSettings) -> dict[str, Any]:
+    """vLLM's own arguments for ``base`` alone; the adapters' come on top. Sets the environment of this process and of
+    those that vLLM starts: before vLLM is imported, which reads it then."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    options: dict[str, Any] = {}
+    if settings.device == "cpu":
+        # Replicas share a machine: bound threads would all sit on the first cores.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if settings.num_threads is not None:
+            os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
+        options = {"enforce_eager": True}
+        if settings.tensor_parallel_size == 1:
+            # The worker within vLLM's engine process. On CPUs it is a process of its own otherwise, for which that one
+            # waits by spinning: on a core that the products need. By name: vLLM turns plain "uni" back.
+            options["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+    if settings.kv_bytes is not None:
+        options["kv_cache_memory_bytes"] = settings.kv_bytes
+    return options | {
+        "model": str(base),
+        "load_format": "safetensors",
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_batch,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enable_prefix_caching": True,
+        "trust_remote_code": False,
+        "generation_config": "vllm",  # sampling is what the request says, no file's defaults
+        "disable_log_stats": True,
+    }
+
+
+def home_options(
+    loaded: Mapping[str, HomeWeights], homes: Sequence[str], num_slots: Mapping[str, int], settings: VllmSettings
+) -> dict[str, Any]:
+    """vLLM's arguments for adapters, with room for all of ``homes``, those that failed to load included. ``loaded``:
+    home -> its weights, one at least; ``num_slots``: home -> the slots that its adapters need of it."""
+    plugin = _plugin_settings(loaded, homes, num_slots, settings)
+    return {
+        "enable_lora": True,
+        # Of distinct adapters in a batch, which is no limit of ours.
+        "max_loras": settings.max_batch,
+        # vLLM starts only where its cache has room for all LoRA slots, of which we make our own number.
+        "max_cpu_loras": max(settings.max_batch, plugin.num_factor_slots + 1),
+        "max_lora_rank": slot_rank(_largest_rank(loaded, "factors:")),
+        "lora_target_modules": sorted({name.rpartition(".")[2] for own in loaded.values() for name in own}),
+        "additional_config": plugin.to_config(),
+        "worker_extension_cls": "serve_app.engine.vllm.plugin.worker.HomeWorker",
+    }
+
+
+def _plugin_settings(
+    loaded: Mapping[str, HomeWeights], homes: Sequence[str], num_slots: Mapping[str, int], settings: VllmSettings
+) -> PluginSettings:
+    clusters = [home for home in homes if home.startswith("cluster:")]
+    diagonal = {
+        own.cores.dim() == 2 for weights in loaded.values() for own in weights.values() if own.cores is not None
+    }
+    if len(diagonal) > 1:
+        raise ConfigError(
+            "engine vllm: clusters with diagonal and with full cores in one replica are not supported; set "
+            "placement.clusters_per_group to 1, or engine to transformers"
+        )
+    by_device: Products = "static"
+    if settings.device == "cpu":
+        by_device = "numba" if settings.dtype == "float32" else "grouped"
+    return PluginSettings(
+        num_clusters=len(clusters),
+        slots_per_cluster=max((num_slots[home] for home in clusters), default=0),
+        rank=_largest_rank(loaded, "cluster:"),
+        num_factor_slots=len(homes) - len(clusters),
+        is_diagonal=diagonal == {True},
+        products=settings.products or by_device,
+    )
+
+
+def _largest_rank(loaded: Mapping[str, HomeWeights], kind: str) -> int:
+    ranks = [
+        max(own.U.shape[1], own.V.shape[1])
+        for home, weights in loaded.items()
+        if home.startswith(kind)
+        for own in weights.values()
+    ]
+    return max(ranks, default=1)
