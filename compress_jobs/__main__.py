@@ -1,10 +1,11 @@
-"""``python -m compress_jobs``: compress a collection of LoRA adapters, look at a bundle, take adapters out again."""
+"""``python -m compress_jobs``, or ``compress-jobs`` where the project is installed: the commands of the job."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
 import sys
+from pathlib import Path
 
 from cluster.errors import ConfigError, CtsError
 from compress_jobs.commands import (
@@ -22,13 +23,18 @@ from compress_jobs.commands import (
     sweep,
 )
 
+_DESCRIPTION = "Compress a collection of LoRA adapters, look at a bundle, change what it serves."
+
 COMMANDS = (run, plan, show, report, export, evaluate, sweep, add, remove, rollback, compact, gc)
 """Modules with ``add_parser(commands)``, which names the function to ``execute``; in the order of ``--help``."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where the command failed, 2 where an option is wrong, 130 where interrupted."""
-    parser = argparse.ArgumentParser(prog="compress_jobs", description=__doc__)
+    is_script = Path(sys.argv[0]).name == "compress-jobs"
+    parser = argparse.ArgumentParser(
+        prog="compress-jobs" if is_script else "python -m compress_jobs", description=_DESCRIPTION
+    )
     parser.add_argument("--version", action="version", version=f"compress-then-serve {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.demo.__main__ import set_up_serve
+from infra.demo.application import set_up_serve
 from tests.support.paths import REPOSITORY, ZOO
 
 # Before any library that reads it: nothing is ever fetched from a hub, and Ray reports nothing home.

@@ -33,7 +33,8 @@ from cluster.errors import ConfigError, CtsError
 from compress_jobs.job.tasks import run_bounded
 from compress_jobs.progress import say, track
 from infra.train_zoo.plan import STEPS, AdapterPlan, plan_adapters
-from infra.train_zoo.tasks import Task, all_tasks
+from infra.train_zoo.task import Task
+from infra.train_zoo.tasks import all_tasks
 from infra.train_zoo.training import TRUNCATION_RANKS, Folders, Record, TrainingFailed, train_adapter, write_text
 
 _TASK_MEMORY_BYTES = 3 << 30  # measured: up to 2.5 GB with the longest rows

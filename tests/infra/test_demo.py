@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from infra.demo.__main__ import what_is_off
+from infra.demo.comparison import what_is_off
 from tests.support.paths import REPOSITORY
 
 KEYS = {

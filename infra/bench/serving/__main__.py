@@ -53,7 +53,6 @@ import torch
 
 from cluster.bundle.reading import Bundle
 from cluster.errors import CtsError
-from infra.bench.serving.figures import paired_ratio, summarize
 from infra.bench.serving.fleet import (
     Fleet,
     bundle_bytes,
@@ -66,9 +65,10 @@ from infra.bench.serving.fleet import (
     truncate_fleet,
 )
 from infra.bench.serving.http_rows import start_stack, start_vllm_server
-from infra.bench.serving.load import LOADS, POPULARITIES, Row, Run, draw_questions, drive
+from infra.bench.serving.load import LOADS, POPULARITIES, Row, draw_questions, drive
 from infra.bench.serving.registered import enlarge
 from infra.bench.serving.rows import EngineRow, StockRow
+from infra.bench.serving.table import Runs, describe_row, print_table
 from serve_app.engine.vllm.options import VllmSettings
 from serve_app.engine.vllm.plugin import compatibility
 from serve_app.placement import DTYPE_BYTES
@@ -80,13 +80,10 @@ PER_COUNT = (("e25", "c"), ("e1", "d"), ("s", "f"))
 STACK = ("h0", "he")  # one application
 LARGEST = (("e10k",), ("ha", *STACK))
 ROWS = (*ALWAYS, *itertools.chain(*PER_COUNT, *LARGEST))
-BASELINES = ("a", "b", "e@1", "c", "d", "ha")
 NUM_REGISTERED = 10_000
 GATE = 0.25
 MAX_MODEL_LEN = 512
 
-Runs = dict[str, dict[tuple[int, int], Run]]
-"""Row -> (its group, round) -> run."""
 Table = dict[tuple[str, str], Runs]
 """(Load, popularity) -> runs."""
 
@@ -242,40 +239,6 @@ async def take_turns(
                 runs.setdefault(row.name, {})[group, number] = run
         said = " ".join(f"{row.name} {runs[row.name][group, number].requests_per_s:.1f}" for row in rows if number)
         print(f"round {number} of {args.rounds}, load {load_before:.1f}: {said}", file=sys.stderr, flush=True)
-
-
-def describe_row(row: Row, runs: Runs) -> dict[str, Any]:
-    """Ratios are of requests/s, over the rounds that both rows were in."""
-    own = runs[row.name]
-    entry: dict[str, Any] = {"row": row.name, "rounds": len(own)}
-    entry |= {name: round(value, 2) for name, value in summarize(list(own.values())).items()}
-    entry |= {"resident_bytes": row.resident_bytes, "start_s": round(row.start_s, 1)}
-    for baseline in BASELINES:
-        shared = [key for key in own if key in runs.get(baseline, {})]
-        if shared:
-            ratio = paired_ratio(
-                [own[key].requests_per_s for key in shared], [runs[baseline][key].requests_per_s for key in shared]
-            )
-            entry[f"to_{baseline}"] = [round(value, 3) for value in dataclasses.astuple(ratio)]
-    return entry
-
-
-def print_table(results: Sequence[dict[str, Any]]) -> None:
-    print(
-        f"{'row':<5} {'requests/s':>20} {'tokens/s':>9} {'first token, ms':>18} {'each token, ms':>16} "
-        f"{'resident':>10} {'start, s':>8}  ratio to a, to b"
-    )
-    print(f"{'':<5} {'':>20} {'':>9} {'mean / P99':>18} {'mean / P99':>16} {'MB':>10}")
-    for entry in results:
-        rate = f"{entry['requests_per_s']:.1f} [{entry['requests_per_s_min']:.1f}, {entry['requests_per_s_max']:.1f}]"
-        first = f"{entry['first_token_ms_mean']:.0f} / {entry['first_token_ms_p99']:.0f}"
-        each = f"{entry['each_token_ms_mean']:.1f} / {entry['each_token_ms_p99']:.1f}"
-        ratios = "  ".join("{:.2f} [{:.2f}, {:.2f}]".format(*entry[name]) for name in ("to_a", "to_b") if name in entry)
-        print(
-            f"{entry['row']:<5} {rate:>20} {entry['tokens_per_s']:>9.0f} {first:>18} {each:>16} "
-            f"{entry['resident_bytes'] / 1e6:>10.1f} {entry['start_s']:>8.1f}  {ratios}",
-            flush=True,
-        )
 
 
 def parse_arguments() -> argparse.Namespace:

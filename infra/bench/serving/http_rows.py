@@ -17,7 +17,7 @@ import openai
 
 from cluster.bundle.reading import Bundle
 from infra.bench.serving.load import Question
-from infra.demo.__main__ import free_port, set_up_serve
+from infra.demo.application import free_port, set_up_serve
 from serve_app.engine.vllm.options import VllmSettings, base_options
 
 START_TIMEOUT_S = 300
