@@ -12,17 +12,10 @@ from cluster.store.address import open_store
 from serve_app.app import build
 from tests.support.jobs import FEW, copy_adapters, object_bytes, run_job
 from tests.support.serving import application, ask, ray_with_serve
+from tests.support.upload import upload
 
 pytestmark = pytest.mark.slow
 PROMPT = "Q: 450 in English words?\nA:"
-
-
-def upload(folder: Path, uri: str) -> str:
-    store = open_store(uri)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            store.write(path.relative_to(folder).as_posix(), path.read_bytes())
-    return uri
 
 
 def test_adapters_base_and_bundle_on_s3_serve_what_local_folders_do(

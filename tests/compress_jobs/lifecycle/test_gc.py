@@ -29,9 +29,9 @@ from compress_jobs.lifecycle.gc import collect
 from compress_jobs.lifecycle.remove import remove_adapters
 from compress_jobs.lifecycle.rollback import roll_back
 from compress_jobs.lifecycle.source import Source
-from tests.faults.test_faults import assert_all_visible_revisions_are_whole
 from tests.support.bundles import write_bundle
 from tests.support.jobs import copy_adapters, run_job
+from tests.support.processes import assert_all_visible_revisions_are_whole
 
 HOUR_S = 3600.0
 DAY_S = 24 * HOUR_S

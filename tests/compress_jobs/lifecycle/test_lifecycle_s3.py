@@ -14,9 +14,9 @@ from cluster.errors import StoreMissing
 from cluster.store.address import open_store
 from compress_jobs.__main__ import main
 from compress_jobs.job import tasks
-from tests.clients.test_s3_end_to_end import upload
-from tests.faults.test_faults import assert_all_visible_revisions_are_whole
 from tests.support.jobs import copy_adapters, dense_error, dense_served, rewrite, scale_factor_b
+from tests.support.processes import assert_all_visible_revisions_are_whole
+from tests.support.upload import upload
 
 pytestmark = pytest.mark.slow
 

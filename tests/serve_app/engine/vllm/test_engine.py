@@ -34,7 +34,7 @@ from cluster.layer import ModuleWeights
 from serve_app.engine.vllm.engine import VllmEngine
 from serve_app.engine.vllm.options import VllmSettings
 from serve_app.engine.vllm.plugin import compatibility
-from tests.serve_app.engine.transformers.test_engine import (
+from tests.support.engines import (
     BROKEN,
     CLUSTERS,
     MAX_BATCH,
@@ -45,14 +45,11 @@ from tests.serve_app.engine.transformers.test_engine import (
     Homes,
     ask,
     collect,
-    oracle,
     serving_map,
-    tokenizer,
 )
 from tests.support.paths import REPOSITORY
 from tests.support.processes import kill_session, processes_named
 
-__all__ = ["oracle", "tokenizer"]  # fixtures
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(compatibility.vllm_version() is None, reason="vLLM is not here")]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -421,7 +418,8 @@ def test_a_killed_vllm_is_an_engine_that_stopped_not_a_hang(base_path: Path, hom
 HELD = """
 import sys, time
 from pathlib import Path
-from tests.serve_app.engine.vllm.test_engine import Homes, Running, make_engine
+from tests.serve_app.engine.vllm.test_engine import Running, make_engine
+from tests.support.engines import Homes
 if __name__ == "__main__":
     running = Running(make_engine(Path(sys.argv[1]), Homes(Path(sys.argv[2])), ("cluster:0",)))
     print("ready", flush=True)
