@@ -114,7 +114,7 @@ def summary_of(done: Compressed, manifest: Manifest, costs: Costs) -> Summary:
         random_split=ErrorFigure.of(dict(zip(fitted_ids, at_random, strict=False))),
         svd_equal_bytes=ErrorFigure.of(_svd_errors(done, manifest, compared)),
         clustering_start=clustered.start if clustered else "",
-        similarity=(clustered.similarity or None) if clustered else None,
+        similarity=_similarity(clustered, manifest) if clustered else None,
         module_errors=_module_errors(done),
         target_error=done.asked.target_error or None,
         choices=[
@@ -126,6 +126,12 @@ def summary_of(done: Compressed, manifest: Manifest, costs: Costs) -> Summary:
         bytes_read=costs.bytes_read,
         peak_task_memory_bytes=done.fitted.peak_memory_bytes,
     )
+
+
+def _similarity(clustered: Clustered, manifest: Manifest) -> list[list[float]] | None:
+    """Of the clusters that somebody is served from, in the order of their numbers."""
+    left = sorted(map(int, manifest.clusters))
+    return [[clustered.similarity[i][j] for j in left] for i in left] or None if clustered.similarity else None
 
 
 def _module_errors(done: Compressed) -> dict[str, float]:

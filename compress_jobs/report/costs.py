@@ -12,12 +12,12 @@ from compress_jobs.report.facts import (
     error_figure,
     is_positive,
     mean,
-    ratio_text,
     raw_pattern,
     served_error,
     verdict_on_svd,
 )
 from compress_jobs.report.page import Section, count, error_text, figure, paragraph, size_text, table
+from compress_jobs.report.summary import ratio_text
 
 
 def trade_off(manifest: Manifest, report: Notes) -> Section | None:
@@ -82,7 +82,7 @@ def choices(manifest: Manifest, report: Notes) -> Section | None:
         return None
     target = report.get("target_error") or manifest.method.target_error
     # What was chosen first: a long table scrolls.
-    options = sorted(options, key=lambda option: (not option.get("chosen"), option["bytes"], _option_name(option)))
+    options = sorted(options, key=lambda option: (not option.get("chosen"), option["size_bytes"], _option_name(option)))
     text = f"The job weighed {count(len(options), 'option')}"
     text += f" for the fewest bytes with a mean error of at most {target:g}. " if target is not None else ". "
     if options[0].get("chosen"):
@@ -91,8 +91,8 @@ def choices(manifest: Manifest, report: Notes) -> Section | None:
         (
             _option_name(option),
             "chosen" if option.get("chosen") else "",
-            f"{option['bytes']:,}",
-            error_text(option.get("predicted_error")),
+            f"{option['size_bytes']:,}",
+            error_text(option.get("error")),
             error_text(option.get("confirmed_error")),
             {True: "yes", False: "no", None: "–"}[_meets(option, target)],
         )
@@ -104,17 +104,17 @@ def choices(manifest: Manifest, report: Notes) -> Section | None:
 
 def _on_choice(chosen: Mapping[str, Any], options: Sequence[Mapping[str, Any]], target: float | None) -> str:
     confirmed = chosen.get("confirmed_error")
-    text = f"It chose {_option_name(chosen)}: {size_text(chosen['bytes'])}, predicted error "
-    text += error_text(chosen.get("predicted_error"))
+    text = f"It chose {_option_name(chosen)}: {size_text(chosen['size_bytes'])}, predicted error "
+    text += error_text(chosen.get("error"))
     text += f", confirmed on all modules {error_text(confirmed)}" if confirmed is not None else ", not confirmed"
     if confirmed is not None and target is not None:
         text += ", within the target" if confirmed <= target else ", which misses the target"
-    svd = [option["bytes"] for option in options if option["method"] == "svd" and _meets(option, target)]
+    svd = [option["size_bytes"] for option in options if option["method"] == "svd" and _meets(option, target)]
     if chosen["method"] == "svd":
         return text + ". Plain SVD is the best of what was weighed for this collection."
     if not svd:
         return text + (". No SVD option that was weighed meets the target." if target is not None else ".")
-    ratio = min(svd) / chosen["bytes"]
+    ratio = min(svd) / chosen["size_bytes"]
     return (
         text + f". The smallest SVD option that meets the target takes {size_text(min(svd))}, {ratio:.2f} times that."
     )
@@ -123,7 +123,7 @@ def _on_choice(chosen: Mapping[str, Any], options: Sequence[Mapping[str, Any]], 
 def _meets(option: Mapping[str, Any], target: float | None) -> bool | None:
     """By the confirmed error, else by the predicted one; None where that cannot be said."""
     confirmed = option.get("confirmed_error")
-    error = option.get("predicted_error") if confirmed is None else confirmed
+    error = option.get("error") if confirmed is None else confirmed
     return None if error is None or target is None else bool(error <= target)
 
 

@@ -43,10 +43,6 @@ def verdict_on_svd(served: ErrorFigure | None, svd: ErrorFigure | None) -> str:
     return f"At equal bytes this bundle and plain truncation by SVD are within 1% of each other: mean error {figures}."
 
 
-def ratio_text(before: int, after: int) -> str:
-    return f"{before / after:.2f} times fewer" if before >= after else f"{after / before:.2f} times more"
-
-
 def svd_beside(report: Notes) -> str:
     svd = error_figure(report, "svd_equal_bytes")
     return f"SVD at equal bytes has a mean error of {error_text(svd.mean)} over the adapters." if svd else ""

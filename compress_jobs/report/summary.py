@@ -68,14 +68,14 @@ class Summary:
         return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
 
     def lines(self, manifest: Manifest) -> list[str]:
-        ratio = self.bytes_before / self.bytes_after
         out = [
             f"adapters   {self.num_adapters} served: {self.num_on_basis} on a basis, {self.num_truncated} truncated, "
             f"{self.num_raw} raw; {self.num_refused} refused",
             f"clusters   {len(self.cluster_sizes)} of rank {manifest.method.rank}, "
             f"sizes {' '.join(map(str, self.cluster_sizes.values())) or '-'} ({manifest.method.name})",
             f"modules    {self.num_modules}",
-            f"bytes      {self.bytes_before:,} before, {self.bytes_after:,} after ({ratio:.2f} times fewer)",
+            f"bytes      {self.bytes_before:,} before, {self.bytes_after:,} after "
+            f"({ratio_text(self.bytes_before, self.bytes_after)})",
             "error      squared, energy-weighted             mean    worst",
         ]
         rows = [("as served", self.served)]
@@ -100,6 +100,10 @@ class Summary:
         out.append("seconds    " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items()))
         out.append(f"read       {self.bytes_read:,} bytes; largest task {self.peak_task_memory_bytes >> 20} MiB")
         return out
+
+
+def ratio_text(before: int, after: int) -> str:
+    return f"{before / after:.2f} times fewer" if before >= after else f"{after / before:.2f} times more"
 
 
 def _verdict(ours: ErrorFigure, at_random: ErrorFigure) -> str:

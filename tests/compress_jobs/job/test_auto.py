@@ -57,6 +57,9 @@ def test_a_shared_basis_is_chosen_to_meet_the_target_and_the_choice_is_recorded(
     headers = sum(8 + int.from_bytes(data[:8], "little") for data in object_bytes(out).values())
     assert chosen[0]["size_bytes"] == sum(map(len, object_bytes(out).values())) - headers
     assert "weighed  jd-full, 1 clusters" in capsys.readouterr().err
+    page = next(out.rglob("report.html")).read_text()
+    assert f"It chose jd-full, {method.clusters} cluster" in page
+    assert "Left out" not in page
     again = run_job(adapters, base_path, out, **options)
     assert again.summary is None
 

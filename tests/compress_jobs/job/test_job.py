@@ -366,6 +366,23 @@ def test_nothing_acceptable_publishes_nothing(base_path: Path, zoo_path: Path, t
     assert not (tmp_path / "out" / "CURRENT").exists()
 
 
+def test_a_cluster_that_the_gate_empties_is_gone_from_manifest_and_page(
+    base_path: Path, zoo_path: Path, tmp_path: Path
+) -> None:
+    adapters = copy_adapters(zoo_path, tmp_path / "adapters")
+    every = run_job(adapters, base_path, tmp_path / "all", clusters=3, rank=4, gate=1.0).manifest
+    least = {c: min(a.error for a in every.adapters.values() if a.cluster == c) for c in every.clusters}
+    emptied = max(least, key=lambda cluster: least[cluster])
+    out = tmp_path / "out"
+    outcome = run_job(adapters, base_path, out, clusters=3, rank=4, gate=0.999 * least[emptied])
+    assert set(outcome.manifest.clusters) == set(every.clusters) - {emptied}
+    assert outcome.summary is not None
+    assert np.shape(outcome.summary.similarity) == (2, 2)
+    page = next(out.rglob("report.html")).read_text()
+    assert "Similarity within and across clusters" in page
+    assert "Left out" not in page
+
+
 def test_work_is_cleaned_up(published: tuple[Path, Outcome]) -> None:
     assert [path for path in (published[0] / "work").rglob("*") if path.is_file() and ".cts" not in path.name] == []
 

@@ -162,8 +162,8 @@ def make_report(manifest: Manifest) -> dict[str, Any]:
         "cluster_sizes": {name: cluster.num_slots for name, cluster in manifest.clusters.items()},
         "tradeoff": options,
         "choices": [
-            {key: option[key] for key in ("method", "clusters", "rank", "bytes")}
-            | {"predicted_error": option["error"], "confirmed_error": 0.041 if i == 5 else None, "chosen": i == 5}
+            {key: option[key] for key in ("method", "clusters", "rank", "error")}
+            | {"size_bytes": option["bytes"], "confirmed_error": 0.041 if i == 5 else None, "chosen": i == 5}
             for i, option in enumerate(options)
         ],
         "target_error": 0.05,
