@@ -31,15 +31,7 @@ COMMANDS = (run, plan, show, report, export, evaluate, sweep, add, remove, rollb
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where the command failed, 2 where an option is wrong, 130 where interrupted."""
-    is_script = Path(sys.argv[0]).name == "compress-jobs"
-    parser = argparse.ArgumentParser(
-        prog="compress-jobs" if is_script else "python -m compress_jobs", description=_DESCRIPTION
-    )
-    parser.add_argument("--version", action="version", version=f"compress-then-serve {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in COMMANDS:
-        module.add_parser(commands)
-    parsed = parser.parse_args(arguments)
+    parsed = make_parser().parse_args(arguments)
     try:
         status: int = parsed.execute(parsed)
         return status
@@ -55,6 +47,19 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Of all commands; what it parses has ``execute``, the function that is to be called with it."""
+    is_script = Path(sys.argv[0]).name == "compress-jobs"
+    parser = argparse.ArgumentParser(
+        prog="compress-jobs" if is_script else "python -m compress_jobs", description=_DESCRIPTION
+    )
+    parser.add_argument("--version", action="version", version=f"compress-then-serve {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        module.add_parser(commands)
+    return parser
 
 
 def _version() -> str:

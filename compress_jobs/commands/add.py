@@ -17,7 +17,7 @@ apart, a new one is tried on its own tenant's clusters only.
 """
 _UPDATE = """\
 Take up the adapters whose source has changed since: each is read, and where its content (weights or config) is not the
-version that is served, projected anew as by `add`. Without --adapter the whole collection is read once, as by the first
+version that is served, projected anew as by `add`. Without --adapter all that are served are read once, as by the first
 pass of `run`; named ones take seconds. One that is refused now stays served as it was, and is named.
 """
 

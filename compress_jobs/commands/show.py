@@ -1,14 +1,12 @@
-"""What a bundle holds, as lines for people."""
+"""``show``: what a bundle holds."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict
 from typing import Any
 
 from cluster.bundle.reading import Bundle
-from cluster.errors import UnknownAdapter
+from compress_jobs.report.contents import show_adapter, show_bundle
 
 
 def add_parser(commands: Any) -> None:
@@ -22,37 +20,3 @@ def _show(parsed: argparse.Namespace) -> int:
     bundle = Bundle.open(parsed.uri)
     print("\n".join(show_adapter(bundle, parsed.adapter) if parsed.adapter else show_bundle(bundle)))
     return 0
-
-
-def show_bundle(bundle: Bundle) -> list[str]:
-    manifest = bundle.manifest
-    method = manifest.method
-    lines = [
-        f"bundle    {manifest.bundle} revision {manifest.revision} at {bundle.store.uri}",
-        f"base      {manifest.base.name} ({manifest.base.fingerprint[:19]}...)",
-        f"method    {method.name}, rank {method.rank}, {method.dtype}, seed {method.seed}, gate {method.gate}",
-        f"modules   {len(manifest.modules)}",
-        f"resident  {manifest.resident_bytes():,} bytes",
-    ]
-    for name, cluster in manifest.clusters.items():
-        lines.append(f"cluster   {name}: {cluster.num_slots} adapters, {bundle.home_bytes(f'cluster:{name}'):,} bytes")
-    lines.append(f"{'adapter':<32} {'mode':<10} {'cluster':>7} {'error':>8} {'worst module':>13}  served")
-    for adapter_id, adapter in sorted(manifest.adapters.items()):
-        lines.append(
-            f"{adapter_id:<32} {adapter.mode:<10} {adapter.cluster or '-':>7} {adapter.error:8.4f} "
-            f"{adapter.error_worst_module:13.4f}  {adapter.served[7:19]}"
-        )
-    lines += [f"refused   {adapter_id} ({r.reason}): {r.message}" for adapter_id, r in sorted(manifest.refused.items())]
-    return lines
-
-
-def show_adapter(bundle: Bundle, adapter_id: str) -> list[str]:
-    """Raises UnknownAdapter, saying why where the job refused it."""
-    manifest = bundle.manifest
-    if adapter_id in manifest.refused:
-        refused = manifest.refused[adapter_id]
-        return [f"{adapter_id}: refused ({refused.reason}): {refused.message}"]
-    if adapter_id not in manifest.adapters:
-        raise UnknownAdapter(f"adapter {adapter_id!r} is not in {bundle.address}; `show` without --adapter lists them")
-    known = {key: value for key, value in asdict(manifest.adapters[adapter_id]).items() if value is not None}
-    return [json.dumps({"adapter": adapter_id, **known}, indent=2)]

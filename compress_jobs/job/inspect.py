@@ -86,7 +86,7 @@ def inspect_all(job: Job) -> Collection:
 
 
 def inspect_adapter(context: JobContext, files: AdapterFiles) -> Inspected:
-    """Raises StoreUnreachable only: whatever is wrong with one adapter is that adapter's own."""
+    """Raises StoreError only, when the store itself fails: whatever is wrong with one adapter is that adapter's own."""
     # By hash: an id that will be refused may be no key of a store.
     name = hashlib.sha256(files.adapter_id.encode()).hexdigest()[:32]
 

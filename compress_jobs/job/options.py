@@ -45,10 +45,10 @@ class RunOptions:
     target_error: float = _option(
         0.0, "with auto: largest mean squared relative error; the fewest bytes that meet it win", metavar="E"
     )
-    # Where adapters on a basis still keep 99% of their Rouge-L and of their loss (`sweep`, infra/results).
+    # Where adapters on a basis still keep 99% of their Rouge-L and of their loss: infra/bench/README.md, "The gate".
     gate: float = _option(
         0.25,
-        "largest squared relative error an adapter is served with on a basis; beyond it is truncated less",
+        "largest squared relative error of an adapter on a basis; one beyond it is served truncated by SVD, or whole",
         metavar="E",
     )
     isolate: str = _option(
@@ -64,7 +64,9 @@ class RunOptions:
     base_name: str = _option("", "the base's own name, where its config does not say", metavar="NAME")
     seed: int = _option(0, "seed of clustering and of the iteration's start", metavar="S")
     dtype: str = _option("bfloat16", "dtype of the stored tensors", choices=DTYPES)
-    num_cpus: int = _option(0, "CPUs of the Ray started here when none is running (0: all)", metavar="N")
+    num_cpus: int = _option(
+        0, "CPUs of the Ray that is started here where RAY_ADDRESS names none (0: all)", metavar="N"
+    )
     in_flight: int = _option(0, "Ray tasks in flight at once (0: twice the CPUs)", metavar="N")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Where `add` and `update` take adapters from, and the arguments that say so."""
+"""Where `add` and `update` take adapters from, and whether the ids that were named are there."""
 
 from __future__ import annotations
 
