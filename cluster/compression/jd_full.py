@@ -4,8 +4,8 @@ arXiv 2407.00066: min over U, V, S_i of sum_i w_i ||M_i - U S_i V^T||_F^2 with o
 w_i = 1 / ||M_i||^2, by the eigenvalue iteration, shifted. With P_i = A_i V and Q_i = B_i U a step is, in factored
 form, two products with all factors at once and small batched ones:
 
+    V <- likewise with the U at hand:                        sum_i A_i^T Q_i Q_i^T P_i
     U <- qr(G U - s U),  G U = sum_i w_i M_i V V^T M_i^T U = sum_i B_i^T P_i P_i^T Q_i,  s = 0.4 lambda_min(U^T G U)
-    V <- likewise with the new U:                            sum_i A_i^T Q_i Q_i^T P_i
 
 The paper's iteration has s = 0. The shift costs nothing and saves steps where the spectrum of G is flat, as it is for
 many adapters: the rate of convergence rho = lambda_{r+1} / lambda_r becomes (rho - 0.4) / 0.6.

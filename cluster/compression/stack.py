@@ -19,12 +19,9 @@ from cluster.adapters.factors import Factors, gram_energy
 class FactorStack:
     """Unit-norm adapters M_i / ||M_i||_F = B_i^T A_i of one module, their rows laid end to end.
 
-    Dividing by the norm gives each adapter the paper's weight 1 / ||M_i||^2 at each module. Kept, for
-    want of a clear winner: one weight per adapter over all its modules, 1 / sum_m ||M_im||^2, has the lower mean
-    held-out loss at tight ranks (12 shipped adapters, one cluster: 1.039 against 1.179 at rank 2, 0.764 against 0.816
-    at 4, 0.627 against 0.640 at 8; 37 of the larger zoo at rank 8: 1.622 against 1.658), but a few adapters make that
-    difference: it is the better one for 7, 7 and 6 of 12, and for 15 of 37
-    (``python -m infra.bench.normalisation --rows 8``; infra/results/normalisation-*.jsonl).
+    Dividing by the norm gives each adapter the weight 1 / ||M_i||^2 at each module, as the paper's authors' code does.
+    One weight per adapter over all its modules, 1 / sum_m ||M_im||^2, is the other way, with no clear winner:
+    infra/bench/README.md, "Weights of adapters in a basis".
     Mixed ranks cost no padding where d is large: only (n, R, r) intermediates are padded.
     """
 

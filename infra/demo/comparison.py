@@ -18,7 +18,7 @@ from infra.demo.application import BASE, NUM_CLUSTERS, RANK, ZOO, free_port, run
 
 QUESTIONS_EACH = 16
 MAX_TOKENS = 24
-# Well below what it is (0.97), far above what a wrong adapter or the base would reach (0.1).
+# Well below what it is (0.96), far above what a wrong adapter or the base would reach (0.1).
 LEAST_AGREEMENT = 0.8
 
 

@@ -1,1 +1,1 @@
-"""Engines: one protocol, one implementation a file."""
+"""Engines: one protocol, an implementation a folder."""

@@ -68,7 +68,8 @@ class EngineHealth:
 class Engine(Protocol):
     """``generate`` raises RequestError for a request it cannot answer, UnknownAdapter for an adapter that
     is not in its map, HomeUnavailable for one whose home failed or was detached. All three are raised
-    before the first chunk. Closing the stream (aclose, or cancelling its consumer) frees the batch row.
+    before the first chunk. EngineStopped, and ServeError for an answer that failed, may come at any time.
+    Closing the stream (aclose, or cancelling its consumer) frees the batch row.
     """
 
     async def start(self) -> None:

@@ -91,7 +91,7 @@ class GroupReplica:
 
 def make_engine(spec: ReplicaSpec) -> Engine:
     """Opens the bundle and brings the base's files here; loads neither."""
-    # Imported here, because the router and the application's builder import this file and need no model library.
+    # Imported here, because the application's builder imports this file and needs no model library.
     bundle = Bundle.open(spec.bundle, spec.revision)
     base = resolve_base(spec.base, bundle.manifest.base)
     common: dict[str, Any] = {

@@ -108,7 +108,7 @@ class Router:
         return ready, body
 
     def _find(self, model: str) -> ServedAdapter | None:
-        """None for the base. Raises UnknownAdapter, or ApiError before the map is there."""
+        """None for the base. Raises ApiError: 404 for an unknown model, 503 before the map is there."""
         serving_map = self._map.get().serving_map
         if model == serving_map.base_name:
             return None

@@ -3,8 +3,9 @@
     request -> prompt read here -> vLLM's AsyncLLM, in which the adapter is a LoRA request that names its place
             -> vLLM's own sampling and detokenizing -> chunks
 
-All homes are resident, so that no adapter is ever loaded for a request. What could end vLLM's process (a request
-for a home that is not there, more distinct adapters than it has slots for) is refused here, before it.
+All homes are resident, so that no adapter is ever loaded for a request. A request for a home that is not there could
+end vLLM's process: it is refused here, before it. vLLM has as many slots as a batch has rows, so that no batch holds
+more distinct adapters than that.
 """
 
 from __future__ import annotations

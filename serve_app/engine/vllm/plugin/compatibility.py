@@ -17,7 +17,8 @@ NOT_INSTALLED = (
     "CPU build, or set engine to transformers"
 )
 
-# Every attribute of vLLM's that we override, call or rebind; its LoRA code is no public interface.
+# What the plugin overrides, calls or rebinds of vLLM's, and what must be called there for ours to be reached. vLLM's
+# LoRA code is no public interface.
 SYMBOLS = {
     "vllm.v1.worker.lora_model_runner_mixin": ("LRUCacheWorkerLoRAManager",),
     "vllm.lora.worker_manager": (

@@ -2,7 +2,7 @@
 
 On vLLM's CPU build, or on a GPU where there is one (make gpu-check), there with captured graphs.
 
-Each trap that vLLM's LoRA code holds for compressed adapters has a test here, or in test_vllm_plugin.py.
+Each trap that vLLM's LoRA code holds for compressed adapters has a test here, or in test_plugin.py.
 """
 
 from __future__ import annotations
