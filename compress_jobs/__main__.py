@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -30,10 +32,12 @@ COMMANDS = (run, plan, show, report, export, evaluate, sweep, add, remove, rollb
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 where the command failed, 2 where an option is wrong, 130 where interrupted."""
+    """Returns the exit status: 0; 1 where the command failed; 2 where an option is wrong; 128 and a signal's number
+    where it was interrupted, or nobody reads its output any more."""
     parsed = make_parser().parse_args(arguments)
     try:
         status: int = parsed.execute(parsed)
+        sys.stdout.flush()
         return status
     except ConfigError as error:
         print(f"compress_jobs: {error}", file=sys.stderr)
@@ -47,6 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone (`show | head`). Python would try to write what is left at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -8,14 +8,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,7 @@ from serve_app.arguments import known_keys, parse_arguments
 from serve_app.openai.requests import ChatRequest, CompletionRequest, parse_request
 from tests.support.documents import CODE, Document, all_documents
 from tests.support.paths import REPOSITORY, ZOO
+from tests.support.processes import running
 from tests.support.seaweed import AMBIENT, S3Server
 from tests.support.upload import upload
 
@@ -222,20 +221,6 @@ def test_the_commands_of_the_job_work_one_after_the_other(name: str, shell: Path
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-@contextlib.contextmanager
-def running(words: list[str], cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(words, cwd=cwd, start_new_session=True)
-    try:
-        yield process
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 @pytest.mark.slow
 def test_the_application_is_started_and_asked_as_the_documents_say(shell: Path) -> None:
     first, application = Document(REPOSITORY / "README.md"), Document(REPOSITORY / "serve_app" / "README.md")
@@ -244,7 +229,7 @@ def test_the_application_is_started_and_asked_as_the_documents_say(shell: Path) 
     starts = {tuple(words) for d in (first, application) for words in d.commands() if words[:2] == ["serve", "run"]}
     asked = [words for d in (first, application) for words in d.commands() if words[0] == "curl"]
     (start,) = starts
-    with running(list(start), shell) as process:
+    with running(*start, cwd=shell) as process:
         deadline = time.monotonic() + 300
         while True:
             try:

@@ -1,4 +1,4 @@
-"""The job as a process of its own, to be killed; and what must hold of the store afterwards."""
+"""Commands as processes of their own: the job, to be killed, and what must hold of the store afterwards; servers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cluster.bundle.publish import missing_objects
 from cluster.bundle.reading import Bundle
 from cluster.bundle.revisions import read_current, read_manifest
 from cluster.store.protocol import Store
+from tests.support.paths import REPOSITORY
 
 
 @contextlib.contextmanager
@@ -34,6 +35,21 @@ def job_process(*line: str, **environment: str) -> Iterator[subprocess.Popen[str
         kill_session(process)
         if process.stdout is not None:
             process.stdout.close()
+
+
+@contextlib.contextmanager
+def running(*command: str, cwd: Path = REPOSITORY, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a process group of its own, which is gone at the end."""
+    process = subprocess.Popen(command, cwd=cwd, env=os.environ | environment, start_new_session=True)
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def kill_session(process: subprocess.Popen[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import yaml
 
 from tests.support.jobs import FEW, copy_adapters
 from tests.support.paths import REPOSITORY
+from tests.support.processes import running
 
 pytestmark = pytest.mark.slow
 
@@ -30,22 +30,7 @@ PATIENCE_S = 180
 def environment(**more: str) -> dict[str, str]:
     """As a user's with the virtual environment activated (a job's `python` is the one that Ray was started
     with), and as Ray asks since it protects its ports with a token."""
-    return os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"} | more
-
-
-@contextlib.contextmanager
-def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A command in a process group of its own, which is gone at the end."""
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), start_new_session=True)
-    try:
-        yield process
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    return dict(os.environ) | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"} | more
 
 
 def free_port() -> int:
@@ -85,7 +70,7 @@ def cluster() -> Iterator[tuple[str, str]]:
         *(f"--port={port}", "--node-ip-address=127.0.0.1", "--object-store-memory=200000000"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"),
     ]
-    with running(*command) as process:
+    with running(*command, **environment()) as process:
         dashboard = f"http://127.0.0.1:{dashboard_port}"
         wait_for(f"{dashboard}/api/version", process)
         yield dashboard, f"127.0.0.1:{port}"
@@ -158,7 +143,7 @@ def test_serve_run_takes_the_arguments_from_the_line(
         *(str(BIN / "serve"), "run", "--address", address, "serve_app.app:build"),
         *(f"bundle={tmp_path / 'out'}", f"base={base_path}", "device=cpu", "limits.max_batch=4"),
     ]
-    with running(*command) as process:
+    with running(*command, **environment()) as process:
         # The port that Serve takes by itself.
         wait_for("http://127.0.0.1:8000/ready?all=1", process)
         assert answer(8000).strip() == "four hundred and fifty"
