@@ -72,6 +72,8 @@ def check_command(words: list[str]) -> None:
     match words:
         case ["export", *settings]:
             assert all(re.fullmatch(r"[A-Z0-9_]+=\S*", setting) for setting in settings), line
+        case [".", file]:
+            assert file in (".venv/bin/activate", ".venv-vllm/bin/activate"), line
         case ["make", *targets]:
             known = re.findall(r"^([a-z][a-z-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
             assert all(target in known or re.match(r"[A-Z_]+=", target) for target in targets), line

@@ -1,6 +1,7 @@
 """One module's adapters side by side, in factored form: the d_out x d_in product is never formed.
 
-Legend: n adapters, T = sum of their ranks at this module, R = the largest of them, r = a basis' rank.
+Legend: n adapters, T = sum of their ranks at this module, R = the largest of them, r = a basis' rank. An adapter's own
+factors are M_i = B A, B (d_out, R_i); in a stack they are rows, M_i = B_i^T A_i with B_i (R_i, d_out).
 """
 
 from __future__ import annotations

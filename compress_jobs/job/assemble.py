@@ -16,6 +16,7 @@ from cluster.bundle.revisions import object_key
 from cluster.errors import AdapterChanged, BundleError, StoreMissing
 from cluster.hashing import hash_tensors
 from compress_jobs.job import tasks
+from compress_jobs.job.choose import Chosen
 from compress_jobs.job.context import JobContext
 from compress_jobs.job.fit import Fitted
 from compress_jobs.job.grade import Grades
@@ -54,19 +55,19 @@ class Assembled:
 
 
 def assemble_all(
-    job: Job, context: JobContext, fitted: Fitted, grades: Grades, records: Mapping[str, AdapterRecord]
+    job: Job, chosen: Chosen, fitted: Fitted, grades: Grades, records: Mapping[str, AdapterRecord]
 ) -> Assembled:
     """Write each cluster of ``grades`` and each adapter that stands alone. Raises BundleError when nothing is left."""
     calls = []
     slots: dict[str, tuple[int, int]] = {}
     for cluster, kept in sorted(grades.on_basis.items()):
         members = [i for i, label in zip(fitted.adapter_ids, fitted.labels, strict=True) if label == cluster]
-        calls.append((context, cluster, fitted.num_layers, [members.index(adapter_id) for adapter_id in kept]))
+        calls.append((chosen.context, cluster, fitted.num_layers, [members.index(adapter_id) for adapter_id in kept]))
         slots |= {adapter_id: (cluster, slot) for slot, adapter_id in enumerate(kept)}
     results = tasks.run_bounded(tasks.remote(assemble_cluster), calls, job.in_flight)
     clusters = {calls[index][1]: result for index, result in track(results, len(calls), "assemble")}
 
-    alone_calls = [(context, records[adapter_id]) for adapter_id in grades.alone]
+    alone_calls = [(chosen.context, records[adapter_id]) for adapter_id in grades.alone]
     results = tasks.run_bounded(tasks.remote(write_standalone), alone_calls, job.in_flight)
     standalone: dict[str, StandaloneAdapter] = {}
     changed: dict[str, str] = {}

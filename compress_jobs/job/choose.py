@@ -96,7 +96,9 @@ def choose(job: Job, collection: Collection, chosen: Chosen) -> Chosen:
     return _take(job, replace(chosen, weighed=tuple(weighed)), best)
 
 
-def confirm(job: Job, chosen: Chosen, labels: Sequence[int], errors: Sequence[float]) -> tuple[Chosen, bool]:
+def confirm_or_take_next(
+    job: Job, chosen: Chosen, labels: Sequence[int], errors: Sequence[float]
+) -> tuple[Chosen, bool]:
     """``errors``: of the fitted adapters on all modules, in their clusters ``labels``. Whether they meet the target;
     where they do not, the next best choice is taken instead. Raises ConfigError where none is left."""
     if not job.asked.auto or not errors:

@@ -45,7 +45,7 @@ class RunOptions:
     target_error: float = _option(
         0.0, "with auto: largest mean squared relative error; the fewest bytes that meet it win", metavar="E"
     )
-    # Where adapters on a basis still keep 99% of their Rouge-L and of their loss: infra/bench/README.md, "The gate".
+    # Where adapters on a basis still keep 99% of Rouge-L and of the loss: infra/bench/README.md, "The default gate".
     gate: float = _option(
         0.25,
         "largest squared relative error of an adapter on a basis; one beyond it is served truncated by SVD, or whole",

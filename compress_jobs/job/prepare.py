@@ -11,6 +11,7 @@ from cluster.bundle.revisions import read_current
 from cluster.compression.sample import sample_modules
 from cluster.errors import ConfigError, StoreMissing
 from cluster.store.protocol import Store
+from compress_jobs.job import tasks
 from compress_jobs.job.context import JobContext, job_id
 from compress_jobs.job.options import RunOptions
 from compress_jobs.progress import say
@@ -22,17 +23,21 @@ _SAMPLED_PER_KIND, _SAMPLED_OF_MANY, _MANY = 3, 1, 256
 @dataclass(frozen=True)
 class Job:
     """A run that can begin. ``context`` has the options as they were asked; ``seen_current`` is CURRENT's ETag, None
-    where nothing is published; ``in_flight`` Ray tasks run at once (0: not known before Ray is connected)."""
+    where nothing is published."""
 
     context: JobContext
     store: Store
     folders: list[AdapterFiles]
     seen_current: str | None
-    in_flight: int = 0
 
     @property
     def asked(self) -> RunOptions:
         return self.context.options
+
+    @property
+    def in_flight(self) -> int:
+        """Ray tasks that run at once. Ray must be connected."""
+        return self.asked.in_flight or tasks.default_in_flight()
 
 
 def prepare(options: RunOptions) -> Job:

@@ -6,15 +6,14 @@ part in ``work/`` (see parts.py): a job that was killed goes on from there when 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from cluster.bundle.manifest import Base, Manifest, Method
 from cluster.bundle.publish import missing_objects, publish
 from cluster.bundle.revisions import read_current, read_manifest, revision_key
 from cluster.errors import BundleError, CtsError, InputError, PublishConflict, StoreMissing
-from compress_jobs.job import tasks
 from compress_jobs.job.assemble import assemble_all
-from compress_jobs.job.choose import as_asked, choose, confirm
+from compress_jobs.job.choose import as_asked, choose, confirm_or_take_next
 from compress_jobs.job.cluster import cluster_all
 from compress_jobs.job.costs import Costs
 from compress_jobs.job.fit import fit_all
@@ -41,28 +40,30 @@ def run(job: Job) -> Outcome:
 
     Raises CtsError; then nothing new is visible in the store.
     """
-    job = replace(job, in_flight=job.asked.in_flight or tasks.default_in_flight())
     if parts := sum(1 for _ in job.store.list(job.context.work)):
         say(f"going on with job {job.context.job_id}, which was stopped: {parts} of its files are there")
-    collection: Collection | None = None
-    costs = Costs()
     try:
-        with costs.phase("inspect"):
-            collection = inspect_all(job)
-        if (published := _already_published(job, collection)) is not None:
-            outcome = Outcome(published, None)
-        else:
-            outcome = _publish(job, _compress(job, collection, costs), costs)
-    except StoreMissing:
-        # A twin with the same inputs was faster, and has tidied up; what this one left since goes the same way.
-        if collection is None or (published := _already_published(job, collection)) is None:
-            raise
-        outcome = Outcome(published, None)
+        outcome = _run(job)
     except (InputError, PublishConflict):
         _clean_up(job)  # started again it would end the same way
         raise
     _clean_up(job)
     return outcome
+
+
+def _run(job: Job) -> Outcome:
+    costs = Costs()
+    with costs.phase("inspect"):
+        collection = inspect_all(job)
+    if (published := _already_published(job, collection)) is not None:
+        return Outcome(published, None)
+    try:
+        return _publish(job, _compress(job, collection, costs), costs)
+    except StoreMissing:
+        # A twin with the same inputs was faster, and has tidied up; what this one left since goes the same way.
+        if (published := _already_published(job, collection)) is None:
+            raise
+        return Outcome(published, None)
 
 
 def _compress(job: Job, collection: Collection, costs: Costs) -> Compressed:
@@ -80,10 +81,10 @@ def _compress(job: Job, collection: Collection, costs: Costs) -> Compressed:
         costs.bytes_read += fitted.bytes_read
         collection = collection.without_changed(fitted.changed)
         errors = [found.error for found in fitted.errors(collection.records).values()]
-        chosen, stands = confirm(job, chosen, fitted.labels, errors)
+        chosen, stands = confirm_or_take_next(job, chosen, fitted.labels, errors)
     with costs.phase("assemble"):
         grades = grade(fitted, collection.records, job.asked.gate)
-        assembled = assemble_all(job, chosen.context, fitted, grades, collection.records)
+        assembled = assemble_all(job, chosen, fitted, grades, collection.records)
     costs.bytes_read += sum(collection.records[adapter_id].size_bytes for adapter_id in assembled.standalone)
     collection = collection.without_changed(assembled.changed)
     return Compressed(job.asked, collection, chosen, clustered, fitted, assembled)

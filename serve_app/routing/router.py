@@ -1,9 +1,9 @@
 """The router: the model field names an adapter, the serving map its home, the placement the home's group;
 that group's replicas generate. ``serve_app.http.routes`` has the routes to it.
 
-    find the adapter -> choose its group, if that is there -> ask it, if it has room -> answer, whole or as a stream
+    find the adapter -> choose its group, if that is there -> ask it -> answer, whole or as a stream
 
-Every call has a deadline, and an answer by itself where a group cannot give one. It does no model work.
+Every call has a deadline. Where a group is not there or is full, the router answers by itself. It does no model work.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Router:
         chunks = self._ask(group, sequences)
         answering = Answering(answer_id, request.model, served, chat, len(sequences), request.include_usage)
         headers = {"X-Served-Revision": served, "X-Cluster": _cluster_header(adapter)}
-        return await (stream if request.stream else whole)(chunks, answering, headers)
+        if request.stream:
+            return await stream(chunks, answering, headers)
+        return await whole(chunks, answering, headers)
 
     def list_models(self, query: Mapping[str, str]) -> ModelPage:
         """The page that ``limit`` and ``after`` ask for."""
@@ -125,6 +127,7 @@ class Router:
         return group
 
     def _ask(self, group: GroupClient, sequences: Sequence[GenerationRequest]) -> IndexedChunks:
+        """Nothing is asked before the first chunk is awaited; that raises ApiError (429) where the group is full."""
         deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
         return _until(deadline, group.generate(sequences))
 

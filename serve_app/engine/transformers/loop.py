@@ -178,6 +178,7 @@ class EngineLoop:
         self._changes = kept
 
     def _step(self) -> None:
+        """Let go who was cancelled; admit and prefill; decode; deliver each token to its owner."""
         self._leave([generation for generation in self._batch.rows if generation.cancelled])
         if admitted := self._admit():
             self._deliver(admitted, self._batch.prefill(admitted))
