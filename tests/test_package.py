@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -20,12 +21,10 @@ PACKAGES = ("cluster", "compress_jobs", "serve_app")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, for building leaves folders behind where it is done."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, capture_output=True)
-    names = tracked.stdout.decode().split() or [str(p.relative_to(REPOSITORY)) for p in REPOSITORY.rglob("*.py")]
-    for name in names:
-        if (REPOSITORY / name).is_file() and not name.startswith("infra/zoo/"):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((REPOSITORY / name).read_bytes())
+    for name in PACKAGES:
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
     line = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(target)]
     done = subprocess.run([*line, str(source)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
