@@ -34,20 +34,21 @@ COMMANDS = (run, plan, show, report, export, evaluate, sweep, add, remove, rollb
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where the command failed; 2 where an option is wrong; 128 and a signal's number
     where it was interrupted, or nobody reads its output any more."""
-    parsed = make_parser().parse_args(arguments)
+    parser = make_parser()
+    parsed = parser.parse_args(arguments)
     try:
         status: int = parsed.execute(parsed)
         sys.stdout.flush()
         return status
     except ConfigError as error:
-        print(f"compress_jobs: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except CtsError as error:
-        print(f"compress_jobs: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(
-            "compress_jobs: interrupted; nothing half-written is visible, and the same line goes on from here",
+            f"{parser.prog}: interrupted; nothing half-written is visible, and the same line goes on from here",
             file=sys.stderr,
         )
         return 130

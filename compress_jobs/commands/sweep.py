@@ -7,12 +7,9 @@ import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 _DESCRIPTION = """\
 Compress a collection in memory in every combination of method, rank and number of clusters, ask the adapters their

@@ -13,7 +13,7 @@ from cluster.adapters.record import AdapterRecord
 from cluster.bundle.manifest import served_revision
 from cluster.bundle.publish import StoredObject, put_object
 from cluster.bundle.revisions import object_key
-from cluster.errors import AdapterChanged, BundleError, StoreMissing
+from cluster.errors import AdapterChanged, StoreMissing
 from cluster.hashing import hash_tensors
 from compress_jobs.job import tasks
 from compress_jobs.job.choose import Chosen
@@ -52,12 +52,13 @@ class Assembled:
     slots: dict[str, tuple[int, int]]
     standalone: dict[str, StandaloneAdapter]
     changed: dict[str, str]
+    bytes_read: int
 
 
 def assemble_all(
     job: Job, chosen: Chosen, fitted: Fitted, grades: Grades, records: Mapping[str, AdapterRecord]
 ) -> Assembled:
-    """Write each cluster of ``grades`` and each adapter that stands alone. Raises BundleError when nothing is left."""
+    """Write each cluster of ``grades`` and each adapter that stands alone."""
     calls = []
     slots: dict[str, tuple[int, int]] = {}
     for cluster, kept in sorted(grades.on_basis.items()):
@@ -76,9 +77,8 @@ def assemble_all(
             changed[grades.alone[index]] = result.message
         else:
             standalone[grades.alone[index]] = result
-    if not slots and not standalone:
-        raise BundleError("every adapter changed during the job; nothing is left to publish, run it again")
-    return Assembled(clusters, slots, standalone, changed)
+    bytes_read = sum(records[adapter_id].size_bytes for adapter_id in standalone)
+    return Assembled(clusters, slots, standalone, changed, bytes_read)
 
 
 def assemble_cluster(context: JobContext, cluster: int, num_layers: int, kept: Sequence[int]) -> AssembledCluster:

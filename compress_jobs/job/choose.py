@@ -26,6 +26,7 @@ from cluster.compression.clustering import group_by_tenant, share_clusters
 from cluster.compression.sample import kind_energies
 from cluster.errors import ConfigError
 from compress_jobs.job import tasks
+from compress_jobs.job.adapter_error import AdapterError
 from compress_jobs.job.context import JobContext
 from compress_jobs.job.inspect import Collection
 from compress_jobs.job.options import AUTO
@@ -97,14 +98,14 @@ def choose(job: Job, collection: Collection, chosen: Chosen) -> Chosen:
 
 
 def confirm_or_take_next(
-    job: Job, chosen: Chosen, labels: Sequence[int], errors: Sequence[float]
+    job: Job, chosen: Chosen, labels: Sequence[int], errors: Mapping[str, AdapterError]
 ) -> tuple[Chosen, bool]:
     """``errors``: of the fitted adapters on all modules, in their clusters ``labels``. Whether they meet the target;
     where they do not, the next best choice is taken instead. Raises ConfigError where none is left."""
     if not job.asked.auto or not errors:
         return chosen, True
     target = job.asked.target_error
-    error = float(np.mean(errors))
+    error = float(np.mean([found.error for found in errors.values()]))
     now = next(choice for choice in chosen.weighed if chosen.is_taken(choice))
     chosen = replace(chosen, confirmed={**chosen.confirmed, now: error})
     if error <= target:

@@ -118,7 +118,8 @@ def fit_all(job: Job, chosen: Chosen, clustered: Clustered | None) -> Fitted:
         labels=tuple(clustered.labels),
         num_layers=len(layers),
         squared_errors={module: errors for fit in fits for module, errors in fit.squared_errors.items()},
-        changed={adapter_ids[index]: message for fit in fits for index, message in fit.changed.items()},
+        # Of several layers' messages on one adapter the first.
+        changed={adapter_ids[index]: message for fit in reversed(fits) for index, message in fit.changed.items()},
         bytes_read=sum(fit.num_bytes_read for fit in fits),
         peak_memory_bytes=max(fit.peak_memory_bytes for fit in fits),
     )

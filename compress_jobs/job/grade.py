@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.adapters.record import AdapterRecord
+from compress_jobs.job.adapter_error import AdapterError
 from compress_jobs.job.fit import Fitted
 
 
@@ -18,9 +19,11 @@ class Grades:
     alone: list[str]
 
 
-def grade(fitted: Fitted, records: Mapping[str, AdapterRecord], gate: float) -> Grades:
-    """On a basis: whose error there is at most ``gate``. ``records``: the adapters to be served."""
-    errors = fitted.errors(records)
+def grade(
+    fitted: Fitted, errors: Mapping[str, AdapterError], records: Mapping[str, AdapterRecord], gate: float
+) -> Grades:
+    """On a basis: whose error there is at most ``gate``. ``records``: the adapters to be served; ``errors``: of those
+    that were fitted."""
     on_basis: dict[int, list[str]] = {}
     for adapter_id, cluster in zip(fitted.adapter_ids, fitted.labels, strict=True):
         if adapter_id in errors and errors[adapter_id].error <= gate:

@@ -1,4 +1,4 @@
-"""The main job: list, inspect, choose, cluster, fit, grade, assemble, publish.
+"""The main job: list, inspect, choose, cluster, fit, confirm, grade, assemble, publish.
 
 The driver sees figures and hashes; nothing of the collection's tensors passes through it. Every step leaves a
 part in ``work/`` (see parts.py): a job that was killed goes on from there when it is started again.
@@ -57,37 +57,36 @@ def _run(job: Job) -> Outcome:
         collection = inspect_all(job)
     if (published := _already_published(job, collection)) is not None:
         return Outcome(published, None)
+    costs.bytes_read += collection.bytes_read
     try:
-        return _publish(job, _compress(job, collection, costs), costs)
+        chosen = as_asked(job, collection)
+        if job.asked.auto and chosen.records:
+            with costs.phase("choose"):
+                chosen = choose(job, collection, chosen)
+        stands = False
+        while not stands:
+            with costs.phase("cluster"):
+                clustered = cluster_all(chosen)
+            with costs.phase("fit"):
+                fitted = fit_all(job, chosen, clustered)
+            costs.bytes_read += fitted.bytes_read
+            collection = collection.without_changed(fitted.changed)
+            errors = fitted.errors(collection.records)
+            chosen, stands = confirm_or_take_next(job, chosen, fitted.labels, errors)
+        with costs.phase("assemble"):
+            grades = grade(fitted, errors, collection.records, job.asked.gate)
+            assembled = assemble_all(job, chosen, fitted, grades, collection.records)
+        costs.bytes_read += assembled.bytes_read
+        collection = collection.without_changed(assembled.changed)
+        if not collection.records:
+            raise BundleError("every adapter changed during the job; nothing is left to publish, run it again")
+        compressed = Compressed(job.asked, collection, chosen, clustered, fitted, errors, assembled)
+        return _publish(job, compressed, costs)
     except StoreMissing:
         # A twin with the same inputs was faster, and has tidied up; what this one left since goes the same way.
         if (published := _already_published(job, collection)) is None:
             raise
         return Outcome(published, None)
-
-
-def _compress(job: Job, collection: Collection, costs: Costs) -> Compressed:
-    costs.bytes_read += collection.bytes_read
-    chosen = as_asked(job, collection)
-    if job.asked.auto and chosen.records:
-        with costs.phase("choose"):
-            chosen = choose(job, collection, chosen)
-    stands = False
-    while not stands:
-        with costs.phase("cluster"):
-            clustered = cluster_all(chosen)
-        with costs.phase("fit"):
-            fitted = fit_all(job, chosen, clustered)
-        costs.bytes_read += fitted.bytes_read
-        collection = collection.without_changed(fitted.changed)
-        errors = [found.error for found in fitted.errors(collection.records).values()]
-        chosen, stands = confirm_or_take_next(job, chosen, fitted.labels, errors)
-    with costs.phase("assemble"):
-        grades = grade(fitted, collection.records, job.asked.gate)
-        assembled = assemble_all(job, chosen, fitted, grades, collection.records)
-    costs.bytes_read += sum(collection.records[adapter_id].size_bytes for adapter_id in assembled.standalone)
-    collection = collection.without_changed(assembled.changed)
-    return Compressed(job.asked, collection, chosen, clustered, fitted, assembled)
 
 
 def _publish(job: Job, done: Compressed, costs: Costs) -> Outcome:

@@ -25,25 +25,21 @@ from compress_jobs.report.summary import ErrorFigure, Summary
 
 @dataclass(frozen=True)
 class Compressed:
-    """What the steps of a run have returned. ``collection``: the adapters that are served, and those refused."""
+    """What the steps of a run have returned. ``collection``: the adapters that are served, and those refused;
+    ``errors_on_bases``: of those that were fitted, before the gate."""
 
     asked: RunOptions
     collection: Collection
     chosen: Chosen
     clustered: Clustered | None
     fitted: Fitted
+    errors_on_bases: Mapping[str, AdapterError]
     assembled: Assembled
-
-    @property
-    def errors_on_bases(self) -> dict[str, AdapterError]:
-        """Of all that were fitted, before the gate."""
-        return self.fitted.errors(self.collection.records)
 
 
 def manifest_of(done: Compressed) -> Manifest:
     """Named by its content; its objects are stored already."""
     context, records, assembled = done.chosen.context, done.collection.records, done.assembled
-    on_bases = done.errors_on_bases
     stored = [stored for result in assembled.clusters.values() for stored in (result.basis, result.cores)]
     stored += [result.factors for result in assembled.standalone.values()]
     touched = {module for record in records.values() for module in record.modules}
@@ -59,20 +55,20 @@ def manifest_of(done: Compressed) -> Manifest:
             str(cluster): Cluster(result.basis.sha, result.cores.sha, len(result.served))
             for cluster, result in sorted(assembled.clusters.items())
         },
-        adapters={adapter_id: _entry(done, adapter_id, on_bases) for adapter_id in records},
+        adapters={adapter_id: _entry(done, adapter_id) for adapter_id in records},
         refused=dict(sorted(done.collection.refused.items())),
         objects={item.sha: item.size_bytes for item in stored},
     ).with_own_id()
 
 
-def _entry(done: Compressed, adapter_id: str, on_bases: Mapping[str, AdapterError]) -> Adapter:
+def _entry(done: Compressed, adapter_id: str) -> Adapter:
     record, assembled = done.collection.records[adapter_id], done.assembled
     if (alone := assembled.standalone.get(adapter_id)) is not None:
         error = AdapterError.of(record, alone.squared_errors)
         mode, served = alone.mode, alone.served
         place: dict[str, Any] = {"factors": alone.factors.sha, "rank": alone.rank}
     else:
-        error = on_bases[adapter_id]
+        error = done.errors_on_bases[adapter_id]
         cluster, slot = assembled.slots[adapter_id]
         mode, served = "core", assembled.clusters[cluster].served[slot]
         place = {"cluster": str(cluster), "slot": slot}
@@ -92,7 +88,7 @@ def summary_of(done: Compressed, manifest: Manifest, costs: Costs) -> Summary:
     modes = [adapter.mode for adapter in manifest.adapters.values()]
     fitted_ids, clustered, chosen = done.fitted.adapter_ids, done.clustered, done.chosen
     compared = [adapter_id for adapter_id in fitted_ids if adapter_id in manifest.adapters]
-    on_bases = done.errors_on_bases
+    on_bases = {i: error for i, error in done.errors_on_bases.items() if i in manifest.adapters}
     served = compared or [
         adapter_id for adapter_id, adapter in manifest.adapters.items() if adapter.mode == "truncated"
     ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.bundle.manifest import Adapter, Manifest
-from compress_jobs.report import plots as report_plots
+from compress_jobs.report import plots
 from compress_jobs.report.facts import (
     Notes,
     error_figure,
@@ -31,7 +31,7 @@ def trade_off(manifest: Manifest, report: Notes) -> Section | None:
     marked = {"this bundle": served, "SVD at equal bytes": svd}
     num_bytes = manifest.resident_bytes()
     target = report.get("target_error") or manifest.method.target_error
-    svg = report_plots.trade_off(
+    svg = plots.trade_off(
         weighed,
         {name: (num_bytes, f.mean) for name, f in marked.items() if f and is_positive(f.mean)},
         target,
@@ -132,7 +132,7 @@ def sizes(manifest: Manifest, report: Notes) -> Section | None:
     after = sum(parts.values())
     if not after:
         return None
-    svg = report_plots.bytes_before_and_after(before, parts, "Bytes before and after, by part; a table follows")
+    svg = plots.bytes_before_and_after(before, parts, "Bytes before and after, by part; a table follows")
     here = f"{size_text(before)} became {size_text(after)}, {ratio_text(before, after)}. " if before else ""
     slots = sum(cluster.num_slots for cluster in manifest.clusters.values())
     if slots:
@@ -202,7 +202,7 @@ def seconds(manifest: Manifest, report: Notes) -> Section | None:
         )
     if peak:
         here += f" The largest task held {peak / 2**20:,.0f} MiB."
-    svg = report_plots.bars("seconds", ranked, ("phase", "seconds"), "Seconds by phase; a table follows")
+    svg = plots.bars("seconds", ranked, ("phase", "seconds"), "Seconds by phase; a table follows")
     rows = [(name, f"{value:,.1f}", f"{value / (total or 1):.0%}") for name, value in ranked.items()]
     body = figure(svg, "Wall-clock seconds of the run's phases, the longest first.", here)
     return Section("time", "Seconds by phase", body + table("Phases", ("phase", ">seconds", ">share"), rows))

@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from cluster.bundle.manifest import Adapter, Manifest
-from compress_jobs.report import plots as report_plots
+from compress_jobs.report import plots
 from compress_jobs.report.facts import Notes, by_number, error_figure, mean, served_error, svd_beside
 from compress_jobs.report.page import Section, count, error_text, figure, table
 
@@ -26,7 +26,7 @@ def adapters(manifest: Manifest, report: Notes) -> Section | None:
     above = [adapter_id for adapter_id, adapter in found.items() if adapter.mode == "core" and adapter.error > gate]
     num_core = sum(adapter.mode == "core" for adapter in found.values())
     means = {"mean as served": served.mean} | ({"mean of SVD at equal bytes": svd.mean} if svd else {})
-    svg = report_plots.error_by_adapter(
+    svg = plots.error_by_adapter(
         {adapter_id: (adapter.mode, adapter.error) for adapter_id, adapter in found.items()},
         gate,
         means,
@@ -45,7 +45,7 @@ def adapters(manifest: Manifest, report: Notes) -> Section | None:
         here += f"{error_text(mean(added))}, of those on a basis from the start {error_text(mean(fitted))}."
     how = (
         "A mark is an adapter, its shape is how it is served; further left is better."
-        if len(found) <= report_plots.MAX_NAMED
+        if len(found) <= plots.MAX_NAMED
         else "The curve is all adapters, from the largest error to the smallest; marks are those served unlike most."
     )
     body = figure(svg, how, here)
@@ -82,7 +82,7 @@ def modules(manifest: Manifest, report: Notes) -> Section | None:
     layers = sorted({layer for layer, _ in cells}, key=by_number)
     kinds = sorted({kind for _, kind in cells}, key=_by_kind)
     values = np.array([[mean(cells.get((layer, kind), [])) for layer in layers] for kind in kinds])
-    svg = report_plots.heat_map(
+    svg = plots.heat_map(
         "modules",
         values,
         kinds,
@@ -116,7 +116,7 @@ def clusters(manifest: Manifest, report: Notes) -> Section | None:
         if adapter.cluster is not None:
             members[adapter.cluster].append(adapter)
     counts = {name: len(own) for name, own in members.items()}
-    svg = report_plots.bars(
+    svg = plots.bars(
         "cluster-sizes", counts, ("cluster", "adapters"), "Adapters in each cluster; the table below has the numbers"
     )
     smallest, largest = min(counts.values()), max(counts.values())
@@ -144,7 +144,7 @@ def similarity(manifest: Manifest, report: Notes) -> Section | None:
         return None
     if values.shape != (len(names), len(names)):
         raise ValueError(f"similarity is {values.shape}, expected a row and a column for each of {len(names)} clusters")
-    svg = report_plots.heat_map(
+    svg = plots.heat_map(
         "similarity",
         values,
         names,
@@ -182,7 +182,7 @@ def _cosine(value: float) -> str:
 
 
 def _darker(values: np.ndarray) -> str:
-    return "darker is more" + (", a ring marks the largest" if report_plots.has_ring(values) else "")
+    return "darker is more" + (", a ring marks the largest" if plots.has_ring(values) else "")
 
 
 def _verdict_on_split(report: Notes) -> str:

@@ -45,20 +45,19 @@ def render(manifest: Manifest, report: Mapping[str, Any]) -> str:
     unexpected form is said on the page, for neither a run nor a reader should lose the rest by it. Raises nothing.
     """
     # Here, for matplotlib is slow to import and --help should not be.
-    from compress_jobs.report import costs as report_costs
-    from compress_jobs.report import errors as report_errors
+    from compress_jobs.report import costs, errors
 
     makers: tuple[tuple[str, SectionMaker], ...] = (
         ("What this is", _identity),
-        ("Error by adapter", report_errors.adapters),
-        ("Error by layer and module kind", report_errors.modules),
-        ("Clusters", report_errors.clusters),
-        ("Similarity", report_errors.similarity),
-        ("Trade-off", report_costs.trade_off),
-        ("Choices weighed", report_costs.choices),
-        ("Bytes", report_costs.sizes),
-        ("Grades", report_costs.grades),
-        ("Seconds", report_costs.seconds),
+        ("Error by adapter", errors.adapters),
+        ("Error by layer and module kind", errors.modules),
+        ("Clusters", errors.clusters),
+        ("Similarity", errors.similarity),
+        ("Trade-off", costs.trade_off),
+        ("Choices weighed", costs.choices),
+        ("Bytes", costs.sizes),
+        ("Grades", costs.grades),
+        ("Seconds", costs.seconds),
     )
     try:
         top = _overview(manifest, report)

@@ -157,7 +157,7 @@ def run_job(spec: Collection, clusters: int, rank: int) -> dict[str, Any]:
         started = time.perf_counter()
         done = subprocess.run([*line, "--clusters", str(clusters), "--rank", str(rank)], capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"compress: the job failed\n{done.stderr[-2000:]}")
+            sys.exit(f"infra.bench.compress: the job failed\n{done.stderr[-2000:]}")
         seconds = time.perf_counter() - started
         report = json.loads(next((root / "out").rglob("report.json")).read_text())
     kept = {key: report.get(key) for key in ("seconds", "bytes_read", "peak_task_memory_bytes", "served")}

@@ -38,7 +38,9 @@ def peak_bytes(num_adapters: int, num_layers: int) -> int:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m infra.bench.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"hidden size {HIDDEN}, rank {RANK}, q/k/v; a layer's factors in float32 beside the peak\n")
     floor = peak_bytes(1, 1)

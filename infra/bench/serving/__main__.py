@@ -301,7 +301,7 @@ def main() -> None:
         print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
         results = asyncio.run(measure(args))
     except CtsError as error:
-        sys.exit(f"serving: {error}")
+        sys.exit(f"infra.bench.serving: {error}")
     print(json.dumps(machine | {"results": results}))
 
 

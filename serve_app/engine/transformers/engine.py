@@ -64,20 +64,19 @@ class TransformersEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         served = None if request.adapter is None else self._serving_map.find(request.adapter)
-        engine = self._running()
-        engine.check_available(served.home if served else None)
+        self._running().check_available(served.home if served else None)
         # A long text takes a while to tokenize; the event loop has others to serve.
         prompt_ids, max_tokens = await asyncio.to_thread(self._reader.read, request)
-        loop, answers = asyncio.get_running_loop(), asyncio.Queue[Answer]()
+        event_loop, answers = asyncio.get_running_loop(), asyncio.Queue[Answer]()
 
         def deliver(answer: Answer) -> None:
             try:
-                loop.call_soon_threadsafe(answers.put_nowait, answer)
-            except RuntimeError:  # the loop was closed: nobody is left to read
+                event_loop.call_soon_threadsafe(answers.put_nowait, answer)
+            except RuntimeError:  # the event loop was closed: nobody is left to read
                 generation.cancelled = True
 
         generation = Generation(request, served, prompt_ids, max_tokens, self._reader.tokenizer, deliver)
-        engine.submit(generation)
+        self._running().submit(generation)
         try:
             while True:
                 answer = await answers.get()
@@ -90,13 +89,13 @@ class TransformersEngine:
             generation.cancelled = True
 
     async def attach(self, home: str) -> None:
-        engine = self._running()
-        if not engine.begin_loading(home):
+        loop = self._running()
+        if not loop.begin_loading(home):
             return
         try:
             weights = await asyncio.to_thread(self._load_weights, home)
         except Exception as error:
-            engine.loading_failed(home, f"{type(error).__name__}: {error}")
+            loop.loading_failed(home, f"{type(error).__name__}: {error}")
             raise
         await self._change(home, weights, meanwhile="loading")
 
@@ -110,8 +109,8 @@ class TransformersEngine:
 
     async def stop(self) -> None:
         """Requests still running or waiting get EngineStopped."""
-        if self._loop is not None:
-            await asyncio.to_thread(self._loop.stop)
+        if self._loop is not None and self._loop.ask_to_stop():
+            await asyncio.to_thread(self._loop.join)
 
     async def _change(self, home: str, weights: HomeWeights | None, meanwhile: str) -> None:
         done = self._running().change(home, weights, meanwhile)

@@ -118,13 +118,15 @@ class EngineLoop:
                 num_waiting=num_waiting,
             )
 
-    def stop(self) -> None:
-        """Requests still running or waiting get EngineStopped. Returns when the thread has ended."""
+    def ask_to_stop(self) -> bool:
+        """Requests still running or waiting will get EngineStopped. False where it has ended already."""
         with self._news:
-            if self._end is not None:
-                return
             self._stopping = True
             self._news.notify()
+            return self._end is None
+
+    def join(self) -> None:
+        """Returns when the thread has ended."""
         self._thread.join()
 
     def _check_alive(self) -> None:

@@ -15,11 +15,13 @@ import ray
 from safetensors.torch import load_file
 
 from cluster.bundle.reading import Bundle
-from cluster.errors import BundleError, ConfigError
+from cluster.errors import BundleError, ConfigError, StoreMissing
 from compress_jobs.__main__ import main
 from compress_jobs.job import run, tasks
 from compress_jobs.job.choose import Chosen
 from compress_jobs.job.cluster import Clustered, cluster_all
+from compress_jobs.job.options import RunOptions
+from compress_jobs.job.prepare import prepare
 from compress_jobs.job.run import Outcome
 from tests.support.jobs import (
     FEW,
@@ -237,6 +239,32 @@ def test_an_adapter_replaced_during_the_job_is_named_and_the_others_are_served(
     # And the next run takes it in.
     monkeypatch.undo()
     assert set(run_job(adapters, base_path, tmp_path / "out", rank=16).manifest.adapters) == set(FEW)
+
+
+def test_of_twins_that_saw_the_same_change_the_slower_one_ends_well(
+    base_path: Path, zoo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = copy_adapters(zoo_path, tmp_path / "adapters", (*FEW[:2], "past"))
+    options = RunOptions(adapters=str(adapters), base=str(base_path), out=str(tmp_path / "out"), rank=8)
+    slower, faster = prepare(options), prepare(options)
+    published = []
+
+    def replace_then_cluster(chosen: Chosen) -> Clustered | None:
+        scale_factor_b(adapters / "past", 2.0)
+        return cluster_all(chosen)
+
+    def other_first(*_: object) -> None:
+        monkeypatch.undo()
+        published.append(run.run(faster).manifest)
+        raise StoreMissing("a part that the other one has tidied up")
+
+    monkeypatch.setattr(run, "cluster_all", replace_then_cluster)
+    monkeypatch.setattr(run, "assemble_all", other_first)
+    outcome = run.run(slower)
+    assert outcome.summary is None
+    assert [outcome.manifest] == published
+    assert outcome.manifest.refused["past"].reason == "changed"
+    assert parts_of(tmp_path / "out") == {}
 
 
 @pytest.mark.parametrize("changing", [("past",), ("city-country", "country-id", "past")], ids=["one", "all"])
