@@ -17,6 +17,7 @@
         StoreConflict           a conditional write or read found something else
         StoreUnsafe             the store ignores conditional writes
       PublishConflict           another job moved CURRENT first
+      WouldDrop                 adapters that are served would no longer be, and nobody asked for it
       ServeError
         HomeUnavailable         the cluster (or factors) of an adapter is not being served
         EngineStopped           the engine is not running
@@ -119,6 +120,10 @@ class StoreUnsafe(StoreError):
 
 class PublishConflict(CtsError):
     """Another job moved CURRENT first."""
+
+
+class WouldDrop(CtsError):
+    """Adapters that are served would no longer be, and nobody asked for it. Nothing was published."""
 
 
 class ServeError(CtsError):

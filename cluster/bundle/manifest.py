@@ -21,10 +21,12 @@ ISOLATIONS = ("tenant",)
 
 @dataclass(frozen=True)
 class Base:
-    """The base model: the name adapters call it by, and the hash of its config and tensor headers."""
+    """The base model: the name adapters call it by, and the hash of its config and tensor headers. ``accepted``:
+    further names that adapters of this bundle may call it by."""
 
     name: str
     fingerprint: str
+    accepted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,17 +110,20 @@ class Manifest:
         document["method"] = _said(document["method"])
         if not self.method.auto:
             del document["method"]["auto"]
+        if not self.base.accepted:
+            del document["base"]["accepted"]
         document["objects"] = {sha: {"size_bytes": size} for sha, size in self.objects.items()}
         return canonical_json(document, indent=1) + b"\n"
 
     def with_own_id(self) -> Manifest:
-        """The same manifest, named by its content: revision, parent and ETags (which a re-upload of the
-        same bytes changes) do not count."""
+        """The same manifest, named by its content: revision, parent, ETags (which a re-upload of the same bytes
+        changes) and the base's other names do not count."""
         anonymous = replace(
             self,
             bundle="",
             revision=0,
             parent=None,
+            base=replace(self.base, accepted=()),
             adapters={adapter_id: replace(adapter, etag="") for adapter_id, adapter in self.adapters.items()},
         )
         return replace(self, bundle="b-" + hashlib.sha256(anonymous.to_json()).hexdigest()[:16])

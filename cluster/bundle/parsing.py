@@ -47,7 +47,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         bundle=top.take("bundle", str),
         revision=top.take("revision", int),
         parent=top.take_optional("parent", int),
-        base=_Fields(top.take("base", dict), f"{where}: base").into(Base),
+        base=_parse_base(top.take("base", dict), f"{where}: base"),
         method=_parse_method(top.take("method", dict), f"{where}: method"),
         modules={name: f.into(ModuleShape) for name, f in top.children("modules")},
         clusters={name: f.into(Cluster) for name, f in top.children("clusters")},
@@ -60,14 +60,16 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     return manifest
 
 
+def _parse_base(document: Any, where: str) -> Base:
+    fields = _Fields(document, where)
+    fields.take_names("accepted", optional=True)
+    return fields.into(Base)
+
+
 def _parse_method(document: Any, where: str) -> Method:
     fields = _Fields(document, where)
-    fields.document.setdefault("auto", [])
-    for key in ("raw", "auto"):
-        names = fields.take(key, list)
-        if not all(isinstance(name, str) for name in names):
-            raise BundleError(f"{where}: {key} is {names!r}, expected a list of strings")
-        fields.document[key] = tuple(names)
+    fields.take_names("raw")
+    fields.take_names("auto", optional=True)
     return fields.into(Method)
 
 
@@ -156,6 +158,15 @@ class _Fields:
         value = self.take(key, kind)
         self.done()
         return value
+
+    def take_names(self, key: str, optional: bool = False) -> None:
+        """Makes the list of strings a tuple, for ``into``."""
+        if optional:
+            self.document.setdefault(key, [])
+        names = self.take(key, list)
+        if not all(isinstance(name, str) for name in names):
+            raise BundleError(f"{self.where}: {key} is {names!r}, expected a list of strings")
+        self.document[key] = tuple(names)
 
     def children(self, key: str) -> list[tuple[str, _Fields]]:
         parent = self.take(key, dict)
