@@ -28,6 +28,14 @@ def add_parser(commands: Any) -> None:
         "add", help="put new adapters onto the bases that stand", description=_ADD, formatter_class=raw
     )
     add_source_arguments(add, "these only (default: all that the current revision lacks)")
+    add.add_argument(
+        "--restore",
+        metavar="ID",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="take these up again",
+    )
     add.set_defaults(execute=lambda parsed: _tell(add_adapters(source_of(parsed))))
     update = commands.add_parser(
         "update", help="take up adapters whose source has changed", description=_UPDATE, formatter_class=raw

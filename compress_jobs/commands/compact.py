@@ -7,7 +7,9 @@ import time
 from collections.abc import Collection
 from typing import Any
 
+from cluster.bundle.removed import note_removed
 from cluster.compression.methods import METHODS
+from compress_jobs.commands.drops import ALLOW_DROP, drops_allowed
 from compress_jobs.job.options import RunOptions
 from compress_jobs.lifecycle.compact import Drift, refit_options
 from compress_jobs.lifecycle.revision import Standing, open_current
@@ -24,7 +26,8 @@ them now: the same job as `run`, a new bundle. It does so when drift passes a le
            mean over the fitted, less 1
 
 At or below the level it says so and does nothing. Folders of the collection that the current revision does not serve
-are left out (`add` them first), so that a removed adapter does not come back.
+are left out (`add` them first). Names of the base that were accepted before are accepted again. A served adapter that
+the collection no longer has, or that can no longer be accepted, stops it: see --allow-missing and --allow-drop.
 
 --without ID leaves an adapter out and so proves its trace gone: the job never reads its folder, so that no basis, core,
 cluster or figure of the new bundle can depend on it. The former bundle keeps it until `gc` deletes that, and so does
@@ -46,7 +49,13 @@ def add_parser(commands: Any) -> None:
     compact.add_argument(
         "--drift", metavar="LEVEL", type=float, default=DEFAULT_LEVEL, help=f"level (default: {DEFAULT_LEVEL:g})"
     )
-    compact.add_argument("--accept-base", metavar="NAME", action="append", default=[], help="as for `run`")
+    compact.add_argument(
+        "--accept-base", metavar="NAME", action="append", default=[], help="as for `run`, besides those accepted before"
+    )
+    compact.add_argument(
+        "--allow-missing", action="store_true", help="drop served adapters that have no folder any more"
+    )
+    compact.add_argument("--allow-drop", metavar="N|all", type=drops_allowed, default="0", help=ALLOW_DROP)
     compact.add_argument("--num-cpus", metavar="N", type=int, default=0, help="as for `run`")
     compact.set_defaults(execute=_execute)
 
@@ -62,7 +71,16 @@ def _execute(parsed: argparse.Namespace) -> int:
     if not parsed.without and drift.figure <= parsed.drift:
         print("nothing    drift is not above the level: the bases stay as they are")
         return 0
-    options = refit_options(standing, parsed.adapters, parsed.base, parsed.without, parsed.accept_base, parsed.num_cpus)
+    options = refit_options(
+        standing,
+        parsed.adapters,
+        parsed.base,
+        parsed.without,
+        parsed.accept_base,
+        parsed.num_cpus,
+        parsed.allow_missing,
+        parsed.allow_drop,
+    )
     # Here, for Ray is slow to import, and starts only where something is fitted.
     from compress_jobs.job import tasks
     from compress_jobs.job.prepare import prepare
@@ -70,6 +88,7 @@ def _execute(parsed: argparse.Namespace) -> int:
 
     job = prepare(options)
     tasks.connect(options)
+    note_removed(standing.store, manifest.adapters.keys() & set(parsed.without))
     outcome = run(job)
     if outcome.summary is None:
         print(f"unchanged  {outcome.manifest.bundle} is what a refit gives; nothing was written")

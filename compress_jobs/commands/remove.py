@@ -11,7 +11,8 @@ _REMOVE = f"""\
 Take adapters out: they are no longer served, and their cores or factors are in no object of the new revision.
 
 What this does not do: {REMAINS}
-Nor does it touch the collection: `add` without --adapter takes up again what still has a folder there.
+Nor does it touch the collection. The id is remembered beside CURRENT: `run`, `add` and `compact` leave its folder out
+from now on and say so, until `run` or `add` with --restore brings it back.
 """
 
 

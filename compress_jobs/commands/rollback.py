@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from compress_jobs.commands.drops import ALLOW_DROP, drops_allowed
 from compress_jobs.lifecycle.rollback import roll_back
 
 _ROLLBACK = """\
 Move CURRENT to its revision's parent, or to the revision named, after checking that everything it needs is there.
-Nothing is deleted: `rollback --to` moves forward again, until `gc` deletes what is not kept.
+Nothing is deleted: `rollback --to` moves forward again, until `gc` deletes what is not kept. What was removed since is
+served again, and says so; what was added since would no longer be, and is only dropped with --allow-drop.
 """
 
 
@@ -24,9 +26,10 @@ def add_parser(commands: Any) -> None:
     rollback.add_argument(
         "--to", metavar="REVISION", help="number of a revision, or BUNDLE/NUMBER of another bundle's (default: parent)"
     )
+    rollback.add_argument("--allow-drop", metavar="N|all", type=drops_allowed, default="0", help=ALLOW_DROP)
     rollback.set_defaults(execute=_execute)
 
 
 def _execute(parsed: argparse.Namespace) -> int:
-    print("\n".join(roll_back(parsed.out, parsed.to)))
+    print("\n".join(roll_back(parsed.out, parsed.to, parsed.allow_drop)))
     return 0

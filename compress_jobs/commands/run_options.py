@@ -20,11 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for spec in dataclasses.fields(RunOptions):
         is_list = isinstance(spec.default, tuple)
         help_text = spec.metadata["help"]
-        if not is_list and spec.default not in ("", 0, 0.0):
-            help_text += f" (default: {spec.default})"
+        if not is_list and spec.default not in ("", 0, 0.0, "0", False):
+            help_text += f" (default: {spec.default})".replace("%", "%%")  # argparse formats it
         more: dict[str, Any] = {key: value for key, value in spec.metadata.items() if key != "help"}
         if is_list:
             more["action"] = "append"
+        elif isinstance(spec.default, bool):
+            more["action"] = "store_true"
         else:
             more["type"] = _whole_or_auto if "int | str" in str(spec.type) else type(spec.default)
         parser.add_argument("--" + spec.name.replace("_", "-"), default=None, help=help_text, **more)
@@ -79,5 +81,7 @@ def _typed(default: Any, value: Any, where: str) -> Any:
         return tuple(names)
     if isinstance(default, float) and type(value) is int:
         return float(value)
+    if isinstance(default, str) and default[:1].isdigit() and type(value) is int:
+        return str(value)  # a number, or a word
     need(type(value) is type(default), where, f"is {value!r}", f"expected {type(default).__name__}")
     return value

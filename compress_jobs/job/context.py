@@ -20,7 +20,7 @@ from compress_jobs.job.options import RunOptions
 # Part of every job's id: parts that were left by code with another idea of them are never picked up.
 _PARTS_FORMAT = 3
 # These change nothing of what is computed.
-_INDIFFERENT = ("num_cpus", "in_flight", "out")
+_INDIFFERENT = ("num_cpus", "in_flight", "out", "restore", "max_refused", "allow_missing", "allow_drop")
 
 
 @dataclass(frozen=True)

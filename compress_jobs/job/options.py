@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from cluster.bundle.manifest import ISOLATIONS, METHODS, Method
 from cluster.errors import ConfigError
 
 DTYPES = ("bfloat16", "float32")
+ALL = "all"
 AUTO = "auto"
 """For method, clusters and rank: chosen by the job, for the fewest bytes that meet ``target_error``."""
 
@@ -58,6 +60,16 @@ class RunOptions:
     raw: tuple[str, ...] = _option(
         (), "adapters served whole, uncompressed: an id or a pattern with * (repeatable)", metavar="PATTERN"
     )
+    restore: tuple[str, ...] = _option((), "adapter that was removed, to be taken up again (repeatable)", metavar="ID")
+    max_refused: str = _option(
+        "10%",
+        "where nothing is published yet: how many adapters may be refused, a number or a share, before the run fails",
+        metavar="N|N%",
+    )
+    allow_missing: bool = _option(False, "adapters that are served and have no folder any more may be dropped")
+    allow_drop: str = _option(
+        "0", "how many adapters that are served may no longer be, a number or all", metavar="N|all"
+    )
     accept_base: tuple[str, ...] = _option(
         (), "further name adapters may call this base by (repeatable)", metavar="NAME"
     )
@@ -86,6 +98,19 @@ class RunOptions:
         isolations = ("", *ISOLATIONS)
         need(self.isolate in isolations, "isolate", f"is {self.isolate!r}", f"expected {' or '.join(ISOLATIONS)}")
         need(self.dtype in DTYPES, "dtype", f"is {self.dtype!r}", f"expected one of {', '.join(DTYPES)}")
+        need(
+            re.fullmatch(r"[0-9]+", self.allow_drop) is not None or self.allow_drop == ALL,
+            "allow-drop",
+            f"is {self.allow_drop!r}",
+            "expected a number or all",
+        )
+        refusable = re.fullmatch(r"([0-9]+)(%?)", self.max_refused)
+        need(
+            refusable is not None and (not refusable[2] or int(refusable[1]) <= 100),
+            "max-refused",
+            f"is {self.max_refused!r}",
+            "expected a number, or a share such as 10%",
+        )
         need(0 < self.gate <= 1, "gate", f"is {self.gate}", "expected a squared relative error above 0, at most 1")
         need(0 <= self.seed < 2**31, "seed", f"is {self.seed}", "expected 0 to 2147483647")
         need(self.num_cpus >= 0, "num-cpus", f"is {self.num_cpus}", "expected 0 or more")
@@ -114,6 +139,14 @@ class RunOptions:
             target_error=self.target_error or None,
             isolation=self.isolate or None,
         )
+
+    def may_drop(self, num_dropped: int) -> bool:
+        return self.allow_drop == ALL or num_dropped <= int(self.allow_drop)
+
+    def may_refuse(self, num_refused: int, of: int) -> bool:
+        if self.max_refused.endswith("%"):
+            return 100 * num_refused <= int(self.max_refused[:-1]) * of
+        return num_refused <= int(self.max_refused)
 
     @property
     def needs_sample(self) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cluster.adapters.base import read_base
 from cluster.adapters.listing import list_adapters
 from cluster.adapters.record import AdapterFiles
-from cluster.bundle.revisions import read_current
+from cluster.bundle.removed import read_removed
+from cluster.bundle.revisions import Current, read_current, read_manifest
 from cluster.compression.sample import sample_modules
-from cluster.errors import ConfigError, StoreMissing
+from cluster.errors import BundleError, ConfigError, StoreMissing
 from cluster.store.protocol import Store
 from compress_jobs.job import tasks
 from compress_jobs.job.context import JobContext, job_id
+from compress_jobs.job.drops import check_drops
 from compress_jobs.job.options import RunOptions
 from compress_jobs.progress import say
 
@@ -23,12 +26,13 @@ _SAMPLED_PER_KIND, _SAMPLED_OF_MANY, _MANY = 3, 1, 256
 @dataclass(frozen=True)
 class Job:
     """A run that can begin. ``context`` has the options as they were asked; ``seen_current`` is CURRENT's ETag, None
-    where nothing is published."""
+    where nothing is published; ``served`` are the adapters of its revision."""
 
     context: JobContext
     store: Store
     folders: list[AdapterFiles]
     seen_current: str | None
+    served: frozenset[str]
 
     @property
     def asked(self) -> RunOptions:
@@ -48,22 +52,52 @@ def prepare(options: RunOptions) -> Job:
     # Before hours are spent: may this store be published on at all?
     store.check_conditional_writes()
     current = read_current(store)
-    folders = _list_folders(context)
+    served = _served(store, current[0]) if current else frozenset()
+    folders = _without_removed(options, _list_folders(context, served), read_removed(store, served))
     say(f"{len(folders)} adapters in {options.adapters}")
+    check_drops(options, served, folders, {files.adapter_id for files in folders})
     per_kind = _SAMPLED_PER_KIND if len(folders) < _MANY else _SAMPLED_OF_MANY
     sampled = tuple(sample_modules(list(base.modules), per_kind))
     context = replace(context, job_id=job_id(options, base, folders), sampled=sampled)
-    return Job(context, store, folders, current[1] if current else None)
+    return Job(context, store, folders, current[1] if current else None, served)
 
 
-def _list_folders(context: JobContext) -> list[AdapterFiles]:
+def _served(store: Store, current: Current) -> frozenset[str]:
+    """Of a revision that cannot be read nothing is served: a run mends that."""
+    try:
+        return frozenset(read_manifest(store, current.bundle, current.revision).adapters)
+    except (StoreMissing, BundleError):
+        return frozenset()
+
+
+def _without_removed(
+    options: RunOptions, folders: list[AdapterFiles], removed: Mapping[str, str]
+) -> list[AdapterFiles]:
+    """``removed``: adapter id -> when. Those to be restored are no longer removed."""
+    for adapter_id in options.restore:
+        if adapter_id not in removed:
+            known = ", ".join(sorted(removed)) or "none is"
+            raise ConfigError(f"--restore {adapter_id}: it is not among those that were removed ({known})")
+    kept = [files for files in folders if files.adapter_id not in removed or files.adapter_id in options.restore]
+    for files in folders:
+        if files not in kept:
+            when = removed[files.adapter_id]
+            say(f"left out {files.adapter_id}: removed {when}; --restore {files.adapter_id} brings it back")
+    if folders and not kept:
+        raise ConfigError(
+            f"--adapters {options.adapters}: every adapter there was removed; --restore ID brings one back"
+        )
+    return kept
+
+
+def _list_folders(context: JobContext, served: frozenset[str]) -> list[AdapterFiles]:
     options = context.options
     try:
         folders = list_adapters(context.adapters())
     except StoreMissing as error:
         raise StoreMissing(f"--adapters: {error}") from None
     for adapter_id in options.without:
-        if adapter_id not in {files.adapter_id for files in folders}:
+        if adapter_id not in {files.adapter_id for files in folders} | served:
             raise ConfigError(f"--without {adapter_id}: no such adapter in {options.adapters}")
     folders = [files for files in folders if files.adapter_id not in options.without]
     if not folders:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from cluster.bundle.manifest import Base, Manifest, Method
+from cluster.bundle.manifest import Manifest, Method
 from cluster.bundle.publish import missing_objects, publish
+from cluster.bundle.removed import forget_removed
 from cluster.bundle.revisions import read_current, read_manifest, revision_key
 from cluster.errors import BundleError, CtsError, InputError, PublishConflict, StoreMissing
 from compress_jobs.job.assemble import assemble_all
 from compress_jobs.job.choose import as_asked, choose, confirm_or_take_next
 from compress_jobs.job.cluster import cluster_all
 from compress_jobs.job.costs import Costs
+from compress_jobs.job.drops import check_drops, check_refusals
 from compress_jobs.job.fit import fit_all
 from compress_jobs.job.grade import grade
 from compress_jobs.job.inspect import Collection, inspect_all
@@ -58,6 +60,9 @@ def _run(job: Job) -> Outcome:
     if (published := _already_published(job, collection)) is not None:
         return Outcome(published, None)
     costs.bytes_read += collection.bytes_read
+    if job.seen_current is None:
+        check_refusals(job.asked, collection.refused, len(job.folders))
+    check_drops(job.asked, job.served, job.folders, collection.records.keys(), collection.refused)
     try:
         chosen = as_asked(job, collection)
         if job.asked.auto and chosen.records:
@@ -80,6 +85,7 @@ def _run(job: Job) -> Outcome:
         collection = collection.without_changed(assembled.changed)
         if not collection.records:
             raise BundleError("every adapter changed during the job; nothing is left to publish, run it again")
+        check_drops(job.asked, job.served, job.folders, collection.records.keys(), collection.refused)
         compressed = Compressed(job.asked, collection, chosen, clustered, fitted, errors, assembled)
         return _publish(job, compressed, costs)
     except StoreMissing:
@@ -95,6 +101,7 @@ def _publish(job: Job, done: Compressed, costs: Costs) -> Outcome:
     manifest = publish(job.store, manifest, summary.to_json(), job.seen_current)
     page = render(manifest, asdict(summary))
     job.store.write(revision_key(manifest.bundle, manifest.revision, "report.html"), page.encode())
+    forget_removed(job.store, manifest.adapters.keys())
     return Outcome(manifest, summary)
 
 
@@ -110,7 +117,7 @@ def _already_published(job: Job, collection: Collection) -> Manifest | None:
     base, method = job.context.base, manifest.method
     same = (
         manifest.revision == 0  # later ones hold adapters that no run has fitted
-        and manifest.base == Base(base.name, base.fingerprint)
+        and (manifest.base.name, manifest.base.fingerprint) == (base.name, base.fingerprint)
         and method == _recorded_like(job.asked, method)
         and {adapter_id: adapter.version for adapter_id, adapter in manifest.adapters.items()}
         == {adapter_id: record.version for adapter_id, record in collection.records.items()}

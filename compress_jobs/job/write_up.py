@@ -44,11 +44,12 @@ def manifest_of(done: Compressed) -> Manifest:
     stored += [result.factors for result in assembled.standalone.values()]
     touched = {module for record in records.values() for module in record.modules}
     options = context.options
+    accepted = tuple(sorted(context.base.accepted_names - {context.base.name}))
     return Manifest(
         bundle="",
         revision=0,
         parent=None,
-        base=Base(context.base.name, context.base.fingerprint),
+        base=Base(context.base.name, context.base.fingerprint, accepted),
         method=done.asked.recorded_method(options.method, int(options.clusters), int(options.rank)),
         modules={module: shape for module, shape in context.base.modules.items() if module in touched},
         clusters={

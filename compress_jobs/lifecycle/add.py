@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from cluster.bundle.removed import forget_removed, read_removed
 from compress_jobs.lifecycle.newcomers import grade, read_collection
 from compress_jobs.lifecycle.revision import Standing, next_revision, open_current, publish_next
 from compress_jobs.lifecycle.source import Source, need_known
@@ -22,12 +23,26 @@ def add_adapters(source: Source) -> list[str]:
     need_known(
         source.ids, folders.keys() - served.keys(), "--adapter", "served already; `update` takes up a new source"
     )
-    chosen = [files for i, files in folders.items() if i not in served and (not source.ids or i in source.ids)]
+    removed = read_removed(standing.store, served)
+    need_known(source.restore, removed, "--restore", "not among those that were removed")
+    need_known(source.restore, folders, "--restore", f"no such folder in {source.adapters}")
+    left_out = removed.keys() - set(source.restore)
+    need_known(source.ids, folders.keys() - left_out, "--adapter", "it was removed; --restore brings it back")
+    wanted = set(source.ids or folders) | set(source.restore)
+    if source.restore and not source.ids:
+        wanted = set(source.restore)
+    chosen = [files for i, files in folders.items() if i in wanted and i not in served and i not in left_out]
     graded = grade(source, standing, base, chosen)
+    lines = [
+        *graded.lines("added"),
+        *(f"left out   {i}, removed {removed[i]}: --restore {i} brings it back" for i in sorted(left_out & wanted)),
+    ]
     if not graded.arrivals:
-        return [*graded.lines("added"), _nothing(standing, "nothing to add")]
-    manifest = next_revision(standing, (), graded.arrivals, graded.refused, base.modules)
-    return [*graded.lines("added"), *publish_next(standing, manifest, "add", began)]
+        return [*lines, _nothing(standing, "nothing to add")]
+    manifest = next_revision(standing, (), graded.arrivals, graded.refused, base.modules, source.accept_base)
+    lines += publish_next(standing, manifest, "add", began)
+    forget_removed(standing.store, graded.arrivals.keys())
+    return lines
 
 
 def update_adapters(source: Source) -> list[str]:
@@ -45,7 +60,7 @@ def update_adapters(source: Source) -> list[str]:
         lines.append(f"gone       {len(gone)} served adapters have no folder any more, such as {gone[0]}: see `remove`")
     if not graded.arrivals:
         return [*lines, _nothing(standing, "nothing to update")]
-    manifest = next_revision(standing, (), graded.arrivals, {}, base.modules)
+    manifest = next_revision(standing, (), graded.arrivals, {}, base.modules, source.accept_base)
     return [*lines, *publish_next(standing, manifest, "update", began)]
 
 

@@ -12,7 +12,7 @@ from cluster.adapters.listing import list_adapters
 from cluster.bundle.manifest import Adapter, Manifest
 from cluster.errors import StoreMissing
 from cluster.store.address import open_store
-from compress_jobs.job.options import RunOptions
+from compress_jobs.job.options import ALL, RunOptions
 from compress_jobs.lifecycle.revision import Standing
 from compress_jobs.lifecycle.source import need_known
 
@@ -70,12 +70,19 @@ class Drift:
 
 
 def refit_options(
-    standing: Standing, adapters: str, base: str, without: Collection[str], accept_base: Collection[str], num_cpus: int
+    standing: Standing,
+    adapters: str,
+    base: str,
+    without: Collection[str] = (),
+    accept_base: Collection[str] = (),
+    num_cpus: int = 0,
+    allow_missing: bool = False,
+    allow_drop: int | None = 0,
 ) -> RunOptions:
     """Options of the run that fits the current revision's adapters anew, less ``without``.
 
-    Raises ConfigError for an id to leave out that is neither served nor in the collection, and for served adapters that
-    the collection no longer has: they would be lost.
+    ``allow_drop``: None for any number. Raises ConfigError for an id to leave out that is neither served nor in the
+    collection.
     """
     manifest, method = standing.manifest, standing.manifest.method
     try:
@@ -84,8 +91,7 @@ def refit_options(
         raise StoreMissing(f"--adapters: {error}") from None
     need_known(without, folders | manifest.adapters.keys(), "--without", f"neither served nor in {adapters}")
     kept = manifest.adapters.keys() - set(without)
-    need_known(kept, folders, "--adapters", f"served, but without a folder in {adapters}: `remove` them first")
-    left_out = (folders - manifest.adapters.keys() - manifest.refused.keys()) | (set(without) & folders)
+    left_out = (folders - manifest.adapters.keys() - manifest.refused.keys()) | set(without)
     chosen: dict[str, Any] = {
         "clusters": method.clusters or 1,
         "rank": method.rank,
@@ -103,11 +109,13 @@ def refit_options(
         out=standing.store.uri,
         gate=method.gate,
         # A pattern that only meant who is left out would be refused, and would be a trace.
-        raw=tuple(pattern for pattern in method.raw if fnmatch.filter(kept, pattern)),
+        raw=tuple(pattern for pattern in method.raw if fnmatch.filter(kept & folders, pattern)),
         seed=method.seed,
         dtype=method.dtype,
         base_name=manifest.base.name,
-        accept_base=tuple(accept_base),
+        accept_base=tuple(dict.fromkeys((*manifest.base.accepted, *accept_base))),
+        allow_missing=allow_missing,
+        allow_drop=ALL if allow_drop is None else str(allow_drop),
         without=tuple(sorted(left_out)),
         num_cpus=num_cpus,
         **chosen,

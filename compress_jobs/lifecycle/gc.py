@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from cluster.bundle.removed import KEY as REMOVED
 from cluster.bundle.revisions import object_key, read_current, read_manifest
 from cluster.errors import PublishConflict, StoreMissing
 from cluster.store.protocol import Entry, Store
@@ -92,7 +93,11 @@ def collect(store: Store, grace_s: float, keep: int, dry_run: bool = False) -> C
                 result.kept_objects += 1
             else:
                 delete("objects", entry)
-        elif entry.key != "CURRENT" and not entry.key.startswith("work/") and _REVISION.fullmatch(entry.key) is None:
+        elif (
+            entry.key not in ("CURRENT", REMOVED)
+            and not entry.key.startswith("work/")
+            and _REVISION.fullmatch(entry.key) is None
+        ):
             result.unknown += 1
     result.kept_revisions = len(staying)
     return result

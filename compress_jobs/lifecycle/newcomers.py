@@ -50,7 +50,8 @@ class Graded:
 
 def read_collection(source: Source, manifest: Manifest) -> tuple[BaseModel, dict[str, AdapterFiles]]:
     """The base, which must be the bundle's, and the collection's folders by id."""
-    base = read_base(source.base, name=manifest.base.name, accept=source.accept_base)
+    accepted = (*manifest.base.accepted, *source.accept_base)
+    base = read_base(source.base, name=manifest.base.name, accept=accepted)
     if base.fingerprint != manifest.base.fingerprint:
         raise ConfigError(
             f"--base {source.base}: its fingerprint is {base.fingerprint[:19]}..., the bundle stands on "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
+from cluster.bundle.removed import note_removed
 from cluster.errors import ConfigError
 from compress_jobs.lifecycle.revision import next_revision, open_current, publish_next
 from compress_jobs.lifecycle.source import need_known
@@ -25,6 +26,7 @@ def remove_adapters(out: str, ids: Collection[str]) -> list[str]:
     need_known(ids, served, "--adapter", f"not in the current revision of {out}; `show` lists those that are")
     if not served.keys() - set(ids):
         raise ConfigError(f"--adapter: nothing would be left to serve; delete {standing.store.uri} if that is meant")
+    note_removed(standing.store, ids)
     manifest = next_revision(standing, ids)
     lines = [f"removed    {adapter_id} ({_was(served[adapter_id].cluster)})" for adapter_id in sorted(set(ids))]
     lines += publish_next(standing, manifest, "remove", began)

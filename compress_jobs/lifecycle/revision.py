@@ -67,13 +67,15 @@ def next_revision(
     arrivals: Mapping[str, Arrival] | None = None,
     refused: Mapping[str, Refused] | None = None,
     shapes: Mapping[str, ModuleShape] | None = None,
+    accepted: Collection[str] = (),
 ) -> Manifest:
     """The manifest of the revision after the bundle's newest, child of CURRENT's, its new objects stored.
 
     An arrival replaces the adapter of its id. Bases are never touched; a cluster whose members change gets new
     cores: those that stay, packed in their order, then the arrivals. A cluster without members is dropped. Whoever
     neither leaves nor arrives keeps its core bit by bit, and with it its served revision.
-    ``shapes`` are the base's modules, of which those that arrivals touch join the manifest.
+    ``shapes`` are the base's modules, of which those that arrivals touch join the manifest; ``accepted`` are further
+    names of the base, for all later revisions too.
     """
     parent, arrivals = standing.manifest, arrivals or {}
     number = newest_revision(standing.store, parent.bundle) + 1
@@ -112,10 +114,12 @@ def next_revision(
     needed |= {adapter.factors for adapter in adapters.values() if adapter.factors}
     touched = {module for arrival in arrivals.values() for module in arrival.record.modules}
     still_refused = {i: r for i, r in (parent.refused | dict(refused or {})).items() if i not in adapters}
+    names = {*parent.base.accepted, *accepted} - {parent.base.name}
     return replace(
         parent,
         revision=number,
         parent=parent.revision,
+        base=replace(parent.base, accepted=tuple(sorted(names))),
         modules=parent.modules | {m: shape for m, shape in (shapes or {}).items() if m in touched},
         clusters=clusters,
         adapters=dict(sorted(adapters.items())),

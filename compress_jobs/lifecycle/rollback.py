@@ -6,27 +6,39 @@ import re
 
 from cluster.bundle.manifest import Manifest
 from cluster.bundle.publish import missing_objects, move_current
+from cluster.bundle.removed import read_removed
 from cluster.bundle.revisions import manifest_key, read_manifest
-from cluster.errors import BundleError, ConfigError, StoreConflict, StoreMissing
+from cluster.errors import BundleError, ConfigError, StoreConflict, StoreMissing, WouldDrop
 from compress_jobs.lifecycle.revision import Standing, open_current
 
 _TARGET = re.compile(r"(?:(?P<bundle>b-[0-9a-f]{16})/)?(?P<revision>0|[1-9][0-9]*)")
 
 
-def roll_back(out: str, to: str | None) -> list[str]:
-    """Returns what it did, in lines. Raises ConfigError where there is no such revision, BundleError where objects of
-    it are missing, PublishConflict when CURRENT has moved meanwhile; CURRENT is as it was then."""
+def roll_back(out: str, to: str | None, allow_drop: int | None = 0) -> list[str]:
+    """Returns what it did, in lines. ``allow_drop``: how many adapters that are served may be missing there, besides
+    those that were removed once; None: any.
+
+    Raises ConfigError where there is no such revision, WouldDrop where more are missing, BundleError where objects of
+    it are, PublishConflict when CURRENT has moved meanwhile; CURRENT is as it was then.
+    """
     standing = open_current(out)
     now = standing.manifest
     bundle, revision = _target(now, to)
     target = _hold(standing, bundle, revision)
+    back, gone = sorted(target.adapters.keys() - now.adapters.keys()), sorted(now.adapters.keys() - target.adapters)
+    removed = read_removed(standing.store)
+    dropped = [adapter_id for adapter_id in gone if adapter_id not in removed]
+    if allow_drop is not None and len(dropped) > allow_drop:
+        raise WouldDrop(
+            f"{bundle} revision {revision} lacks {len(dropped)} of the {len(now.adapters)} adapters that are served: "
+            f"{' '.join(dropped)}; CURRENT was not moved: go on with --allow-drop {len(dropped)}"
+        )
     if missing := missing_objects(standing.store, target):
         raise BundleError(
             f"{out}: {len(missing)} objects of {bundle} revision {revision} are missing, such as {missing[0]}; "
             "CURRENT was not moved: roll back to another revision, or `run` again"
         )
     move_current(standing.store, target, standing.seen_current)
-    back, gone = sorted(target.adapters.keys() - now.adapters.keys()), sorted(now.adapters.keys() - target.adapters)
     lines = [f"served     {len(target.adapters)} adapters now, {len(now.adapters)} before"]
     lines += [f"back       {' '.join(back)}"] if back else []
     lines += [f"gone       {' '.join(gone)}"] if gone else []

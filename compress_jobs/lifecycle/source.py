@@ -10,13 +10,15 @@ from cluster.errors import ConfigError
 
 @dataclass(frozen=True)
 class Source:
-    """Where adapters come from, as given on the command line. ``ids`` empty: whatever qualifies."""
+    """Where adapters come from, as given on the command line. ``ids`` empty: whatever qualifies. ``restore``: adapters
+    that were removed, to be taken up again."""
 
     out: str
     adapters: str
     base: str
     ids: tuple[str, ...] = ()
     accept_base: tuple[str, ...] = ()
+    restore: tuple[str, ...] = ()
 
 
 def need_known(ids: Collection[str], known: Collection[str], option: str, expected: str) -> None:

@@ -68,7 +68,11 @@ class Summary:
         return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
 
     def lines(self, manifest: Manifest) -> list[str]:
-        out = [
+        out = []
+        if self.num_refused:
+            total = self.num_adapters + self.num_refused
+            out.append(f"warning    {self.num_refused} of {total} adapters were refused and are not served: see below")
+        out += [
             f"adapters   {self.num_adapters} served: {self.num_on_basis} on a basis, {self.num_truncated} truncated, "
             f"{self.num_raw} raw; {self.num_refused} refused",
             f"clusters   {len(self.cluster_sizes)} of rank {manifest.method.rank}, "

@@ -202,7 +202,7 @@ def test_bad_adapters_are_named_and_never_stop_the_others(base_path: Path, zoo_p
     (adapters / "no-config" / "adapter_config.json").unlink()
     (adapters / "pickled" / "adapter_model.safetensors").rename(adapters / "pickled" / "adapter_model.bin")
 
-    outcome = run_job(adapters, base_path, tmp_path / "out", rank=16)
+    outcome = run_job(adapters, base_path, tmp_path / "out", rank=16, max_refused="8")
     assert {adapter_id: refused.reason for adapter_id, refused in outcome.manifest.refused.items()} == {
         "dora": "dora",
         "other-base": "base",
@@ -570,7 +570,7 @@ def test_a_task_that_misses_an_interrupt_is_stopped_all_the_same(
 def test_another_name_of_the_base_is_accepted_when_told(base_path: Path, zoo_path: Path, tmp_path: Path) -> None:
     adapters = copy_adapters(zoo_path, tmp_path / "adapters", FEW[:2])
     rewrite(adapters / "number-en", base_model_name_or_path="models/smollm2-copy")
-    refused = run_job(adapters, base_path, tmp_path / "out", rank=8).manifest.refused
+    refused = run_job(adapters, base_path, tmp_path / "out", rank=8, max_refused="1").manifest.refused
     assert "--accept-base 'models/smollm2-copy'" in refused["number-en"].message
     accepted = run_job(adapters, base_path, tmp_path / "out", rank=8, accept_base=("models/smollm2-copy",))
     assert not accepted.manifest.refused

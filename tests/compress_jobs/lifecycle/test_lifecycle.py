@@ -471,5 +471,5 @@ def test_compact_without_an_adapter_is_a_run_over_a_collection_that_never_had_it
     assert not any(gone in text for gone in ("first-letter", "city-country", "opt-"))
 
     shutil.rmtree(adapters / "past")
-    assert "--adapters past: served, but without a folder" in call("compact", "--without", "number-en", status=2)
+    assert "past (it has no folder)" in call("compact", "--without", "number-en", status=1)
     assert "--without nobody: neither served" in call("compact", "--without", "nobody", status=2)

@@ -1,0 +1,404 @@
+"""Nothing that is served is dropped by the way, and nothing that was removed comes back by itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from cluster.bundle.reading import Bundle
+from cluster.errors import StoreMissing
+from compress_jobs.__main__ import main
+from compress_jobs.job import run as job
+from compress_jobs.job import tasks
+from compress_jobs.lifecycle.remove import remove_adapters
+from infra.bench.collection import Collection, write
+from tests.support.jobs import rewrite
+
+pytestmark = pytest.mark.usefixtures("ray_for_jobs")
+
+SHAPE = Collection(adapters=12, layers=1, hidden=32, kv_width=16, rank=2)
+OTHER_NAME = "our/mirror"
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base`` and twelve tiny ``adapters``, a0 to a11. Never to be changed."""
+    root = tmp_path_factory.mktemp("generated") / "made"
+    write(SHAPE, root)
+    for number in range(SHAPE.adapters):
+        (root / "adapters" / f"adapter-{number:04}").rename(root / "adapters" / f"a{number}")
+    return root
+
+
+class Place:
+    """A collection and what is published of it, changed by the commands as a user types them."""
+
+    def __init__(self, generated: Path, root: Path, number: int) -> None:
+        self.generated, self.adapters, self.out = generated, root / "adapters", root / "out"
+        for name in range(number):
+            self.upload(f"a{name}")
+
+    def upload(self, name: str) -> None:
+        shutil.rmtree(self.adapters / name, ignore_errors=True)
+        shutil.copytree(self.generated / "adapters" / name, self.adapters / name)
+
+    def call(self, command: str, *more: str) -> int:
+        source = ["--adapters", str(self.adapters), "--base", str(self.generated / "base")]
+        if command == "run":
+            return main([command, *source, "--out", str(self.out), "--rank", "2", "--gate", "1", *more])
+        return main([command, str(self.out), *(source if command in ("add", "update", "compact") else []), *more])
+
+    def served(self) -> set[str]:
+        try:
+            return set(Bundle.open(str(self.out)).manifest.adapters)
+        except StoreMissing:
+            return set()
+
+    def current(self) -> bytes:
+        return (self.out / "CURRENT").read_bytes()
+
+
+@pytest.fixture
+def place(generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Six adapters, none published yet."""
+    monkeypatch.setattr(tasks, "connect", lambda _: None)  # the module's own Ray is connected
+    return Place(generated, tmp_path, 6)
+
+
+def break_config(place: Place) -> None:
+    rewrite(place.adapters / "a2", use_dora=True)
+
+
+def break_weights(place: Place) -> None:
+    (place.adapters / "a2" / "adapter_model.safetensors").write_bytes(b"version https://git-lfs")
+
+
+def take_away(place: Place) -> None:
+    shutil.rmtree(place.adapters / "a2")
+
+
+@pytest.mark.parametrize("harm", [break_config, break_weights, take_away])
+@pytest.mark.parametrize("command", ["run", "compact"])
+def test_an_adapter_that_can_no_longer_be_accepted_stays_served(
+    place: Place, harm: Callable[[Place], None], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert place.call("run") == 0
+    before = place.current()
+    harm(place)
+    more = ["--drift", "-1"] if command == "compact" else []
+    status = place.call(command, *more)
+    said = capsys.readouterr().err
+    assert status == 1
+    assert "a2" in said.splitlines()[-1]
+    assert place.current() == before
+    assert place.call(command, *more, "--allow-drop", "1") == 0
+    assert place.served() == {"a0", "a1", "a3", "a4", "a5"}
+
+
+def test_a_folder_that_is_gone_may_go_where_that_is_asked_for_and_nothing_else(place: Place) -> None:
+    assert place.call("run") == 0
+    take_away(place)
+    rewrite(place.adapters / "a3", use_dora=True)
+    assert place.call("run", "--allow-missing") == 1
+    assert place.call("run", "--allow-missing", "--allow-drop", "0") == 1
+    place.upload("a3")
+    assert place.call("run", "--allow-missing") == 0
+    assert place.served() == {"a0", "a1", "a3", "a4", "a5"}
+
+
+def test_a_run_that_would_drop_keeps_its_parts_for_who_allows_it(place: Place) -> None:
+    assert place.call("run") == 0
+    break_config(place)
+    assert place.call("run") == 1
+    assert any((place.out / "work").rglob("*.json"))
+    assert place.call("run", "--allow-drop", "all") == 0
+    assert not any((place.out / "work").rglob("*.json"))
+
+
+@pytest.mark.parametrize(("allowed", "status"), [(None, 1), ("33%", 1), ("1", 1), ("34%", 0), ("2", 0), ("100%", 0)])
+def test_a_first_run_that_refuses_much_publishes_nothing_unless_it_may(
+    place: Place, allowed: str | None, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a4", "a5"):
+        rewrite(place.adapters / name, use_dora=True)
+    more = [] if allowed is None else ["--max-refused", allowed]
+    assert place.call("run", *more) == status
+    printed = capsys.readouterr()
+    assert place.served() == (set() if status else {"a0", "a1", "a2", "a3"})
+    if status:
+        last = printed.err.splitlines()[-1]
+        assert "2 of 6 adapters are refused" in last
+        assert "a4 (dora: " in last
+        assert "--max-refused 2" in last
+    else:
+        assert printed.out.startswith("warning    2 of 6 adapters were refused")
+
+
+def test_few_refusals_are_a_warning_at_the_top(
+    generated: Path, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(6, 12):
+        place.upload(f"a{number}")
+    rewrite(place.adapters / "a11", use_dora=True)
+    assert place.call("run") == 0
+    assert capsys.readouterr().out.startswith("warning    1 of 12 adapters were refused")
+
+
+def test_the_same_line_after_a_removal_leaves_it_out_and_says_so(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert place.call("run") == 0
+    assert place.call("remove", "--adapter", "a1") == 0
+    capsys.readouterr()
+    for command in ("run", "add", "run"):
+        assert place.call(command) == 0
+        printed = capsys.readouterr()
+        assert "a1" not in place.served()
+        assert "--restore a1 brings it back" in printed.out + printed.err
+    assert place.call("add", "--adapter", "a1") == 2
+    assert place.call("run", "--restore", "a9") == 2
+    assert place.call("run", "--restore", "a1") == 0
+    assert "a1" in place.served()
+    assert place.call("run") == 0
+    assert "a1" in place.served()
+
+
+def test_add_restores_what_was_removed(place: Place) -> None:
+    assert place.call("run") == 0
+    assert place.call("remove", "--adapter", "a1", "a2") == 0
+    assert place.call("add", "--restore", "a2") == 0
+    assert place.served() == {"a0", "a2", "a3", "a4", "a5"}
+    assert place.call("add") == 0
+    assert "a1" not in place.served()
+
+
+def test_compact_without_an_adapter_is_a_removal(place: Place) -> None:
+    assert place.call("run") == 0
+    take_away(place)
+    assert place.call("compact", "--without", "a1", "a2") == 0
+    assert place.served() == {"a0", "a3", "a4", "a5"}
+    place.upload("a2")
+    assert place.call("run") == 0
+    assert "a2" not in place.served()
+    assert "a1" not in place.served()
+    assert place.call("run", "--restore", "a1") == 0
+    assert "a1" in place.served()
+
+
+def test_a_removal_that_could_not_be_published_is_none(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress_jobs.lifecycle import remove
+
+    def fail(*_: object) -> None:
+        raise StoreMissing("no such bucket")
+
+    assert place.call("run") == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(remove, "publish_next", fail)
+        assert place.call("remove", "--adapter", "a1") == 1
+    place.upload("a6")
+    assert place.call("run") == 0
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4", "a5", "a6"}
+
+
+def test_rollback_brings_back_what_was_removed_and_drops_what_was_added_only_where_told(place: Place) -> None:
+    assert place.call("run") == 0
+    place.upload("a6")
+    assert place.call("add") == 0
+    assert place.call("rollback") == 1
+    assert "a6" in place.served()
+    assert place.call("rollback", "--allow-drop", "1") == 0
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4", "a5"}
+    assert place.call("remove", "--adapter", "a1") == 0
+    assert place.call("rollback") == 0
+    assert place.call("run") == 0
+    assert place.served() >= {"a0", "a1", "a2", "a3", "a4", "a5"}
+
+
+def test_names_of_the_base_that_a_run_has_accepted_are_accepted_from_then_on(place: Place) -> None:
+    rewrite(place.adapters / "a1", base_model_name_or_path=OTHER_NAME)
+    assert place.call("run", "--accept-base", OTHER_NAME) == 0
+    assert Bundle.open(str(place.out)).manifest.base.accepted == (OTHER_NAME,)
+    place.upload("a6")
+    rewrite(place.adapters / "a6", base_model_name_or_path=OTHER_NAME)
+    assert place.call("add") == 0
+    assert place.call("compact", "--without", "a0") == 0
+    assert place.served() == {"a1", "a2", "a3", "a4", "a5", "a6"}
+    rewrite(place.adapters / "a2", base_model_name_or_path="another/name")
+    assert place.call("update", "--accept-base", "another/name") == 0
+    assert Bundle.open(str(place.out)).manifest.base.accepted == ("another/name", OTHER_NAME)
+
+
+def test_of_a_run_and_a_removal_at_once_the_removal_is_not_undone(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert place.call("run") == 0
+    place.upload("a6")
+
+    def remove_meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(job, "assemble_all", assemble_all)
+        remove_adapters(str(place.out), ["a1"])
+        return assemble_all(*arguments)
+
+    assemble_all = job.assemble_all
+    monkeypatch.setattr(job, "assemble_all", remove_meanwhile)
+    assert place.call("run") == 1  # CURRENT has moved
+    assert place.call("run") == 0
+    assert place.served() == {"a0", "a2", "a3", "a4", "a5", "a6"}
+
+
+NAMES = st.sampled_from([f"a{number}" for number in range(7)])
+NUMBERS = st.integers(0, 6)
+
+
+def pick(names: AbstractSet[str], number: int) -> str:
+    return sorted(names)[number % len(names)]
+
+
+class Lineage(RuleBasedStateMachine):
+    """Uploads, deletions, damage and commands in any order. ``removed`` are the adapters that were taken out on purpose
+    and not asked for again."""
+
+    generated: Path
+    root: Path
+    number = 0
+    ended: Counter[tuple[str, bool]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        Lineage.number += 1
+        self.place = Place(self.generated, self.root / str(Lineage.number), 4)
+        self.removed: set[str] = set()
+
+    def call(
+        self,
+        command: str,
+        *more: str,
+        gone: AbstractSet[str] = frozenset(),
+        dropped: AbstractSet[str] = frozenset(),
+        back: AbstractSet[str] = frozenset(),
+    ) -> None:
+        """``gone`` may go for good by this command, ``dropped`` go, ``back`` come back; nothing else may."""
+        before = self.place.served()
+        status = self.place.call(command, *more)
+        after = self.place.served()
+        assert status in (0, 1, 2)
+        self.ended[command, status == 0] += 1
+        assert before - after <= gone | dropped, f"{command} {more} dropped {before - after}"
+        assert after & self.removed <= back, f"{command} {more} brought back {after & self.removed}"
+        self.removed -= after
+        if status == 0:
+            self.removed |= (before - after) & gone
+
+    @initialize()
+    def publish(self) -> None:
+        self.call("run")
+
+    @rule(name=NAMES)
+    def upload(self, name: str) -> None:
+        self.place.upload(name)
+
+    @rule(name=NAMES)
+    def take_away(self, name: str) -> None:
+        shutil.rmtree(self.place.adapters / name, ignore_errors=True)
+
+    @rule(name=NAMES, changes=st.sampled_from([{"use_dora": True}, {"base_model_name_or_path": OTHER_NAME}]))
+    def damage(self, name: str, changes: dict[str, Any]) -> None:
+        if (self.place.adapters / name).exists():
+            rewrite(self.place.adapters / name, **changes)
+
+    @rule(more=st.sampled_from([(), ("--accept-base", OTHER_NAME), ("--max-refused", "100%")]))
+    def run(self, more: tuple[str, ...]) -> None:
+        self.call("run", *more)
+
+    @precondition(lambda self: self.removed)
+    @rule(number=NUMBERS)
+    def run_restoring(self, number: int) -> None:
+        name = pick(self.removed, number)
+        self.call("run", "--restore", name, back={name})
+
+    @precondition(lambda self: self.place.served())
+    @rule()
+    def add(self) -> None:
+        self.call("add")
+
+    @precondition(lambda self: self.place.served())
+    @rule()
+    def update(self) -> None:
+        self.call("update")
+
+    @precondition(lambda self: self.place.served())
+    @rule()
+    def compact(self) -> None:
+        self.call("compact", "--drift", "-1")
+
+    @precondition(lambda self: self.removed)
+    @rule(number=NUMBERS)
+    def add_restoring(self, number: int) -> None:
+        name = pick(self.removed, number)
+        self.call("add", "--restore", name, back={name})
+
+    @precondition(lambda self: self.place.served())
+    @rule(number=NUMBERS)
+    def remove(self, number: int) -> None:
+        name = pick(self.place.served(), number)
+        self.call("remove", "--adapter", name, gone={name})
+
+    @precondition(lambda self: self.place.served())
+    @rule(number=NUMBERS)
+    def compact_without(self, number: int) -> None:
+        name = pick(self.place.served(), number)
+        self.call("compact", "--without", name, gone={name})
+
+    @precondition(lambda self: self.place.served())
+    @rule(allow_drop=st.booleans())
+    def roll_back(self, allow_drop: bool) -> None:
+        """It says what it brings back; what was removed once may go again."""
+        noted = json.loads((self.place.out / "REMOVED").read_text()) if (self.place.out / "REMOVED").exists() else {}
+        dropped = self.place.served() if allow_drop else frozenset()
+        more = ("--allow-drop", "all") if allow_drop else ()
+        self.call("rollback", *more, gone=set(noted), dropped=dropped, back=set(self.removed))
+
+    @invariant()
+    def what_is_served_is_whole(self) -> None:
+        if self.place.served():
+            bundle = Bundle.open(str(self.place.out))
+            for home in bundle.serving_map.homes():
+                bundle.load_home(home)
+
+
+@pytest.mark.slow
+def test_any_sequence_of_uploads_damage_and_commands_keeps_both_promises(
+    generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "connect", lambda _: None)
+    monkeypatch.setattr(Lineage, "generated", generated, raising=False)
+    monkeypatch.setattr(Lineage, "root", tmp_path, raising=False)
+    bounds = settings(
+        max_examples=50,
+        stateful_step_count=20,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    monkeypatch.setattr(Lineage, "ended", Counter(), raising=False)
+    run_state_machine_as_test(Lineage, settings=bounds)
+    commands = ("run", "add", "update", "compact", "remove", "rollback")
+    assert all(Lineage.ended[command, True] for command in commands), Lineage.ended
+    assert all(Lineage.ended[command, False] for command in ("run", "rollback", "compact")), Lineage.ended
