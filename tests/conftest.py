@@ -18,7 +18,7 @@ set_up_serve()
 # numpy's threads spin while they wait; on few cores they take them from everybody else.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-pytest_plugins = ["tests.support.seaweed"]
+pytest_plugins = ["tests.support.seaweed", "tests.support.place"]
 
 
 @pytest.fixture(scope="session")

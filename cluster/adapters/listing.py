@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 
 from cluster.adapters.record import AdapterFiles
 from cluster.store.protocol import Entry, Store
@@ -21,11 +22,42 @@ def list_adapters(store: Store) -> list[AdapterFiles]:
             folders.setdefault(folder, {})[name] = entry
     return [
         AdapterFiles(
-            # A local file name need not be UTF-8; its id is refused, and must still be printable.
-            adapter_id=folder.encode(errors="backslashreplace").decode(),
+            adapter_id=_printable(folder),
             config=entries.get(CONFIG_FILE),
             weights=entries.get(WEIGHTS_FILE),
             has_pickle=any(map(_PICKLE.fullmatch, entries)),
+            below=_above(folder, folders),
         )
         for folder, entries in sorted(folders.items())
     ]
+
+
+def own_folders(
+    folders: Iterable[AdapterFiles], served: Collection[str], checkpoints: bool
+) -> tuple[list[AdapterFiles], list[str]]:
+    """Those that are adapters of their own, and the ids of the others.
+
+    What lies in another adapter's folder is what its training left there (``name/checkpoint-20``) far more often than
+    an adapter of the tenant ``name``; it is one where ``checkpoints`` says so, or where it is ``served`` already.
+    """
+    own, others = [], []
+    for files in folders:
+        if checkpoints or files.below is None or files.adapter_id in served:
+            own.append(files)
+        else:
+            others.append(files.adapter_id)
+    return own, others
+
+
+def _above(folder: str, folders: Collection[str]) -> str | None:
+    """Of the folders above it the nearest that is an adapter's. The collection's own is none: its id is refused."""
+    while "/" in folder:
+        folder = folder.rpartition("/")[0]
+        if folder in folders:
+            return _printable(folder)
+    return None
+
+
+def _printable(folder: str) -> str:
+    """A local file name need not be UTF-8; its id is refused, and must still be printable."""
+    return folder.encode(errors="backslashreplace").decode()

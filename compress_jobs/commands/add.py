@@ -36,6 +36,7 @@ def add_parser(commands: Any) -> None:
         default=[],
         help="take these up again",
     )
+    add.add_argument("--checkpoints", action="store_true", help="folders within an adapter's folder are adapters too")
     add.set_defaults(execute=lambda parsed: _tell(add_adapters(source_of(parsed))))
     update = commands.add_parser(
         "update", help="take up adapters whose source has changed", description=_UPDATE, formatter_class=raw

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.bundle.removed import note_removed
 from cluster.compression.methods import METHODS
 from compress_jobs.commands.drops import ALLOW_DROP, drops_allowed
-from compress_jobs.job.options import RunOptions
+from compress_jobs.job.options import RunOptions, matching
 from compress_jobs.lifecycle.compact import Drift, refit_options
 from compress_jobs.lifecycle.revision import Standing, open_current
 
@@ -45,7 +45,14 @@ def add_parser(commands: Any) -> None:
     compact.add_argument("out", metavar="OUT", help="where the bundle is published")
     compact.add_argument("--adapters", metavar="URI", required=True, help="the collection, as `run` was given it")
     compact.add_argument("--base", metavar="URI", required=True, help="the base model's folder")
-    compact.add_argument("--without", metavar="ID", nargs="+", action="extend", default=[], help="leave these out")
+    compact.add_argument(
+        "--without",
+        metavar="PATTERN",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="leave these out: ids, or patterns with *",
+    )
     compact.add_argument(
         "--drift", metavar="LEVEL", type=float, default=DEFAULT_LEVEL, help=f"level (default: {DEFAULT_LEVEL:g})"
     )
@@ -88,7 +95,7 @@ def _execute(parsed: argparse.Namespace) -> int:
 
     job = prepare(options)
     tasks.connect(options)
-    note_removed(standing.store, manifest.adapters.keys() & set(parsed.without))
+    note_removed(standing.store, matching(manifest.adapters, parsed.without))
     outcome = run(job)
     if outcome.summary is None:
         print(f"unchanged  {outcome.manifest.bundle} is what a refit gives; nothing was written")
@@ -101,12 +108,12 @@ def _execute(parsed: argparse.Namespace) -> int:
 
 
 def _told(standing: Standing, options: RunOptions, without: Collection[str]) -> list[str]:
-    lines = []
-    if others := sorted(set(options.without) - set(without)):
+    lines, asked = [], matching(options.without, without)
+    if others := sorted(set(options.without) - asked):
         lines.append(f"left out   {len(others)} folders that are not served, such as {others[0]}: `add` takes them up")
-    if without:
+    if asked:
         lines.append(
-            f"without    {' '.join(sorted(without))}: never read, so nothing of the new bundle depends on it; "
+            f"without    {' '.join(sorted(asked))}: never read, so nothing of the new bundle depends on it; "
             f"{standing.manifest.bundle} still does until `gc` deletes it (at once: --grace 0s --keep 1)"
         )
     return lines

@@ -42,6 +42,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--num-cpus", metavar="N", type=int, default=os.cpu_count(), help="CPUs the job would have")
     parser.add_argument("--sample", metavar="N", type=int, default=64, help="adapters to read (default: 64)")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="which of them (default: 0)")
+    parser.add_argument("--checkpoints", action="store_true", help="as for run")
     parser.set_defaults(execute=_plan)
 
 
@@ -60,6 +61,7 @@ def _plan(parsed: argparse.Namespace) -> int:
         parsed.num_cpus,
         parsed.sample,
         parsed.seed,
+        parsed.checkpoints,
     )
     print("\n".join(planned.lines()))
     print(json.dumps(planned.figures()))

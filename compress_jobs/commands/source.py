@@ -23,4 +23,5 @@ def add_source_arguments(parser: argparse.ArgumentParser, ids: str) -> None:
 
 def source_of(parsed: argparse.Namespace) -> Source:
     ids, accepted = tuple(dict.fromkeys(parsed.adapter)), tuple(parsed.accept_base)
-    return Source(parsed.out, parsed.adapters, parsed.base, ids, accepted, tuple(getattr(parsed, "restore", ())))
+    restore, checkpoints = tuple(getattr(parsed, "restore", ())), getattr(parsed, "checkpoints", False)
+    return Source(parsed.out, parsed.adapters, parsed.base, ids, accepted, restore, checkpoints)

@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from cluster.adapters.record import AdapterFiles
 from cluster.bundle.manifest import Refused
 from cluster.errors import WouldDrop
-from compress_jobs.job.options import RunOptions
+from compress_jobs.job.options import RunOptions, matching
 
 _NAMED, _MESSAGE_SIZE = 5, 160
 
@@ -31,24 +31,29 @@ def check_drops(
 ) -> None:
     """Raises WouldDrop when adapters that are ``served`` are not ``kept``, but for those that were asked to go."""
     with_folder = {files.adapter_id for files in folders}
-    gone = served - kept - set(asked.without)
+    gone = served - kept - matching(served, asked.without)
+    not_asked = served - matching(served, asked.only) if asked.only else frozenset()
     if asked.allow_missing:
-        gone &= with_folder
+        gone &= with_folder | not_asked
     if not asked.may_drop(len(gone)):
         raise WouldDrop(
             f"{len(gone)} of the {len(served)} adapters that are served would no longer be: "
-            f"{_named(gone, refused or {})}; nothing was published: mend them, `remove` them, or go on with "
+            f"{_named(gone, refused or {}, not_asked)}; nothing was published: mend them, `remove` them, or go on with "
             f"--allow-drop {len(gone)}"
-            + ("" if gone <= with_folder else " (--allow-missing for those without a folder)")
+            + ("" if gone <= with_folder | not_asked else " (--allow-missing for those without a folder)")
         )
 
 
-def _named(ids: Collection[str], refused: Mapping[str, Refused]) -> str:
-    told = [f"{i} ({_why(refused[i]) if i in refused else 'it has no folder'})" for i in sorted(ids)]
-    more = f", and {len(told) - _NAMED} more" if len(told) > _NAMED else ""
-    return ", ".join(told[:_NAMED]) + more
+def _named(ids: Collection[str], refused: Mapping[str, Refused], not_asked: AbstractSet[str] = frozenset()) -> str:
+    def why(adapter_id: str) -> str:
+        if adapter_id in refused:
+            return _shorten(refused[adapter_id])
+        return "--only leaves it out" if adapter_id in not_asked else "it has no folder"
+
+    told = [f"{adapter_id} ({why(adapter_id)})" for adapter_id in sorted(ids)[:_NAMED]]
+    return ", ".join(told) + (f", and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
 
 
-def _why(refused: Refused) -> str:
+def _shorten(refused: Refused) -> str:
     cut = refused.message[:_MESSAGE_SIZE] + ("..." if len(refused.message) > _MESSAGE_SIZE else "")
     return f"{refused.reason}: {cut}"

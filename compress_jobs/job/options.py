@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +57,13 @@ class RunOptions:
     isolate: str = _option(
         "", "tenant: no cluster holds adapters of two tenants (of ids tenant/name)", choices=ISOLATIONS
     )
-    without: tuple[str, ...] = _option((), "adapter left out as if it were not there (repeatable)", metavar="ID")
+    only: tuple[str, ...] = _option(
+        (), "adapters to take, and no others: an id or a pattern with * (repeatable)", metavar="PATTERN"
+    )
+    without: tuple[str, ...] = _option(
+        (), "adapters left out as if they were not there: an id or a pattern with * (repeatable)", metavar="PATTERN"
+    )
+    checkpoints: bool = _option(False, "folders within an adapter's folder are adapters too")
     raw: tuple[str, ...] = _option(
         (), "adapters served whole, uncompressed: an id or a pattern with * (repeatable)", metavar="PATTERN"
     )
@@ -154,7 +161,16 @@ class RunOptions:
         return self.method != "svd" and (self.clusters != 1 or bool(self.auto))
 
     def is_raw(self, adapter_id: str) -> bool:
-        return any(fnmatch.fnmatchcase(adapter_id, pattern) for pattern in self.raw)
+        return bool(matching([adapter_id], self.raw))
+
+    def takes(self, adapter_id: str) -> bool:
+        """Whether ``only`` and ``without`` leave it in."""
+        return not matching([adapter_id], self.without) and (not self.only or bool(matching([adapter_id], self.only)))
+
+
+def matching(ids: Iterable[str], patterns: Collection[str]) -> set[str]:
+    """Of the ids those that are, or match, one of the patterns."""
+    return {i for i in ids if any(fnmatch.fnmatchcase(i, pattern) for pattern in patterns)}
 
 
 def need(condition: bool, name: str, seen: str, expected: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cluster.adapters.base import read_base
-from cluster.adapters.listing import list_adapters
+from cluster.adapters.listing import list_adapters, own_folders
 from cluster.adapters.record import AdapterFiles
 from cluster.bundle.removed import read_removed
 from cluster.bundle.revisions import Current, read_current, read_manifest
@@ -16,7 +16,7 @@ from cluster.store.protocol import Store
 from compress_jobs.job import tasks
 from compress_jobs.job.context import JobContext, job_id
 from compress_jobs.job.drops import check_drops
-from compress_jobs.job.options import RunOptions
+from compress_jobs.job.options import RunOptions, matching
 from compress_jobs.progress import say
 
 # A few modules of every kind, and fewer where there are so many adapters that a sample is large.
@@ -93,13 +93,17 @@ def _without_removed(
 def _list_folders(context: JobContext, served: frozenset[str]) -> list[AdapterFiles]:
     options = context.options
     try:
-        folders = list_adapters(context.adapters())
+        listed = list_adapters(context.adapters())
     except StoreMissing as error:
         raise StoreMissing(f"--adapters: {error}") from None
-    for adapter_id in options.without:
-        if adapter_id not in {files.adapter_id for files in folders} | served:
-            raise ConfigError(f"--without {adapter_id}: no such adapter in {options.adapters}")
-    folders = [files for files in folders if files.adapter_id not in options.without]
+    folders, within = own_folders(listed, served, options.checkpoints)
+    if within:
+        say(f"left out {len(within)} folders within adapters' folders, such as {within[0]}: --checkpoints takes them")
+    for option, patterns in (("only", options.only), ("without", options.without)):
+        for pattern in patterns:
+            if not matching({files.adapter_id for files in folders} | served, (pattern,)):
+                raise ConfigError(f"--{option} {pattern}: no such adapter in {options.adapters}")
+    folders = [files for files in folders if options.takes(files.adapter_id)]
     if not folders:
         raise ConfigError(f"--adapters {options.adapters}: no adapter there; expected folders with adapter_config.json")
     return folders

@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.adapters.listing import list_adapters
+from cluster.adapters.listing import list_adapters, own_folders
 from cluster.bundle.manifest import Adapter, Manifest
 from cluster.errors import StoreMissing
 from cluster.store.address import open_store
-from compress_jobs.job.options import ALL, RunOptions
+from compress_jobs.job.options import ALL, RunOptions, matching
 from compress_jobs.lifecycle.revision import Standing
 from compress_jobs.lifecycle.source import need_known
 
@@ -79,19 +79,23 @@ def refit_options(
     allow_missing: bool = False,
     allow_drop: int | None = 0,
 ) -> RunOptions:
-    """Options of the run that fits the current revision's adapters anew, less ``without``.
+    """Options of the run that fits the current revision's adapters anew, less ``without`` (ids and patterns).
 
-    ``allow_drop``: None for any number. Raises ConfigError for an id to leave out that is neither served nor in the
+    ``allow_drop``: None for any number. Raises ConfigError for what is to be left out and is neither served nor in the
     collection.
     """
     manifest, method = standing.manifest, standing.manifest.method
     try:
-        folders = {files.adapter_id for files in list_adapters(open_store(adapters))}
+        listed = list_adapters(open_store(adapters))
     except StoreMissing as error:
         raise StoreMissing(f"--adapters: {error}") from None
-    need_known(without, folders | manifest.adapters.keys(), "--without", f"neither served nor in {adapters}")
-    kept = manifest.adapters.keys() - set(without)
-    left_out = (folders - manifest.adapters.keys() - manifest.refused.keys()) | set(without)
+    own, _ = own_folders(listed, manifest.adapters, checkpoints=False)
+    folders = {files.adapter_id for files in own}
+    known = folders | manifest.adapters.keys()
+    unknown = [pattern for pattern in without if not matching(known, (pattern,))]
+    need_known(unknown, (), "--without", f"neither served nor in {adapters}")
+    kept = manifest.adapters.keys() - matching(known, without)
+    left_out = (folders - manifest.adapters.keys() - manifest.refused.keys()) | matching(known, without)
     chosen: dict[str, Any] = {
         "clusters": method.clusters or 1,
         "rank": method.rank,

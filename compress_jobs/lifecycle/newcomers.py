@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.adapters.base import BaseModel, read_base
 from cluster.adapters.factors import Factors
-from cluster.adapters.listing import list_adapters
+from cluster.adapters.listing import list_adapters, own_folders
 from cluster.adapters.reading import read_adapter
 from cluster.adapters.record import AdapterFiles, AdapterRecord
 from cluster.bundle.manifest import Manifest, Refused, tenant_of
@@ -29,7 +29,7 @@ from compress_jobs.job.standalone import stand_alone
 from compress_jobs.lifecycle.projection import Projection, project
 from compress_jobs.lifecycle.revision import Arrival, Standing
 from compress_jobs.lifecycle.source import Source
-from compress_jobs.progress import track
+from compress_jobs.progress import say, track
 
 _AT_ONCE = 4
 """Adapters read and projected side by side; as many are held in memory."""
@@ -58,9 +58,12 @@ def read_collection(source: Source, manifest: Manifest) -> tuple[BaseModel, dict
             f"{manifest.base.name} ({manifest.base.fingerprint[:19]}...); give that model's folder"
         )
     try:
-        folders = list_adapters(open_store(source.adapters))
+        listed = list_adapters(open_store(source.adapters))
     except StoreMissing as error:
         raise StoreMissing(f"--adapters: {error}") from None
+    folders, within = own_folders(listed, manifest.adapters, source.checkpoints)
+    if within:
+        say(f"left out {len(within)} folders within adapters' folders, such as {within[0]}")
     return base, {files.adapter_id: files for files in folders}
 
 

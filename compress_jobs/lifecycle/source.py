@@ -11,7 +11,8 @@ from cluster.errors import ConfigError
 @dataclass(frozen=True)
 class Source:
     """Where adapters come from, as given on the command line. ``ids`` empty: whatever qualifies. ``restore``: adapters
-    that were removed, to be taken up again."""
+    that were removed, to be taken up again.
+    ``checkpoints``: folders within an adapter's folder are adapters too."""
 
     out: str
     adapters: str
@@ -19,6 +20,7 @@ class Source:
     ids: tuple[str, ...] = ()
     accept_base: tuple[str, ...] = ()
     restore: tuple[str, ...] = ()
+    checkpoints: bool = False
 
 
 def need_known(ids: Collection[str], known: Collection[str], option: str, expected: str) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from cluster.adapters.base import BaseModel
-from cluster.adapters.listing import list_adapters
+from cluster.adapters.listing import list_adapters, own_folders
 from cluster.adapters.record import AdapterFiles
 from cluster.errors import ConfigError
 from cluster.store.address import open_store
 from cluster.units import gib
+from compress_jobs.progress import say
 from compress_jobs.quality.estimate import Row, Sampled, estimate, read_sample, standard_error
 
 USABLE_SHARE = 0.9  # of a device's memory, as the application's placement counts it
@@ -89,7 +90,15 @@ class Plan:
         }
 
 
-def plan(adapters: str, base: BaseModel, device_memory: int, num_cpus: int, sample_size: int, seed: int) -> Plan:
+def plan(
+    adapters: str,
+    base: BaseModel,
+    device_memory: int,
+    num_cpus: int,
+    sample_size: int,
+    seed: int,
+    checkpoints: bool = False,
+) -> Plan:
     """Reads ``sample_size`` adapters of the collection at most; writes nothing. Raises ConfigError where the base fills
     the device, or no adapter can be accepted."""
     usable = int(USABLE_SHARE * device_memory) - base.size_bytes
@@ -99,7 +108,9 @@ def plan(adapters: str, base: BaseModel, device_memory: int, num_cpus: int, samp
             f"{gib(base.size_bytes)}; give a larger device"
         )
     store = open_store(adapters)
-    folders = list_adapters(store)
+    folders, within = own_folders(list_adapters(store), (), checkpoints)
+    if within:
+        say(f"left out {len(within)} folders within adapters' folders, such as {within[0]}: --checkpoints takes them")
     if not folders:
         raise ConfigError(f"--adapters {adapters}: no adapter there; expected folders with adapter_config.json")
     torch.set_num_threads(1)  # as the job's tasks do, so that the seconds are a core's

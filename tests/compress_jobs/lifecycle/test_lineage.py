@@ -24,62 +24,15 @@ from hypothesis.stateful import (
 
 from cluster.bundle.reading import Bundle
 from cluster.errors import StoreMissing
-from compress_jobs.__main__ import main
 from compress_jobs.job import run as job
 from compress_jobs.job import tasks
 from compress_jobs.lifecycle.remove import remove_adapters
-from infra.bench.collection import Collection, write
 from tests.support.jobs import rewrite
+from tests.support.place import Place
 
 pytestmark = pytest.mark.usefixtures("ray_for_jobs")
 
-SHAPE = Collection(adapters=12, layers=1, hidden=32, kv_width=16, rank=2)
 OTHER_NAME = "our/mirror"
-
-
-@pytest.fixture(scope="module")
-def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``base`` and twelve tiny ``adapters``, a0 to a11. Never to be changed."""
-    root = tmp_path_factory.mktemp("generated") / "made"
-    write(SHAPE, root)
-    for number in range(SHAPE.adapters):
-        (root / "adapters" / f"adapter-{number:04}").rename(root / "adapters" / f"a{number}")
-    return root
-
-
-class Place:
-    """A collection and what is published of it, changed by the commands as a user types them."""
-
-    def __init__(self, generated: Path, root: Path, number: int) -> None:
-        self.generated, self.adapters, self.out = generated, root / "adapters", root / "out"
-        for name in range(number):
-            self.upload(f"a{name}")
-
-    def upload(self, name: str) -> None:
-        shutil.rmtree(self.adapters / name, ignore_errors=True)
-        shutil.copytree(self.generated / "adapters" / name, self.adapters / name)
-
-    def call(self, command: str, *more: str) -> int:
-        source = ["--adapters", str(self.adapters), "--base", str(self.generated / "base")]
-        if command == "run":
-            return main([command, *source, "--out", str(self.out), "--rank", "2", "--gate", "1", *more])
-        return main([command, str(self.out), *(source if command in ("add", "update", "compact") else []), *more])
-
-    def served(self) -> set[str]:
-        try:
-            return set(Bundle.open(str(self.out)).manifest.adapters)
-        except StoreMissing:
-            return set()
-
-    def current(self) -> bytes:
-        return (self.out / "CURRENT").read_bytes()
-
-
-@pytest.fixture
-def place(generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """Six adapters, none published yet."""
-    monkeypatch.setattr(tasks, "connect", lambda _: None)  # the module's own Ray is connected
-    return Place(generated, tmp_path, 6)
 
 
 def break_config(place: Place) -> None:

@@ -1,0 +1,74 @@
+"""Collections as people have them: what of a listing is taken for an adapter."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.support.place import Place
+
+pytestmark = pytest.mark.usefixtures("ray_for_jobs")
+
+
+def test_what_training_left_in_an_adapters_folder_is_no_adapter_unless_asked_for(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.upload("a6", to="a0/checkpoint-20")
+    place.upload("a7", to="tenant/a7")
+    place.upload("a8", to="tenant/a7/best")
+    assert place.call("run") == 0
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4", "a5", "tenant/a7"}
+    said = "left out 2 folders within adapters' folders, such as a0/checkpoint-20"
+    assert said in capsys.readouterr().err
+    for command in ("add", "update"):
+        assert place.call(command) == 0
+        assert said in capsys.readouterr().err
+    assert place.call("compact", "--drift", "-1") == 0
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4", "a5", "tenant/a7"}
+
+    assert place.call("add", "--checkpoints") == 0
+    refused = "adapter tenant/a7/best"  # an id has two segments at most
+    assert "a0/checkpoint-20" in place.served()
+    assert refused not in place.served()
+
+
+def test_a_checkpoint_that_is_served_stays_served_without_asking_again(place: Place) -> None:
+    place.upload("a6", to="a0/checkpoint-20")
+    place.upload("a7", to="a0/checkpoint-40")
+    assert place.call("run", "--checkpoints", "--without", "a0/checkpoint-4*") == 0
+    served = {"a0", "a1", "a2", "a3", "a4", "a5", "a0/checkpoint-20"}
+    assert place.served() == served
+    for command in (["update"], ["add"], ["compact", "--drift", "-1"], ["run"]):
+        assert place.call(*command) == 0
+        assert place.served() == served
+
+
+def test_an_adapter_file_at_the_top_of_the_collection_hides_no_adapter(place: Place) -> None:
+    (place.adapters / "adapter_config.json").write_text("{}")
+    assert place.call("run", "--max-refused", "1") == 0
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4", "a5"}
+
+
+def test_only_and_without_take_patterns(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.upload("a6", to="tenant/one")
+    place.upload("a7", to="tenant/two")
+    assert place.call("run", "--only", "tenant/*", "--only", "a1", "--without", "*/two") == 0
+    assert place.served() == {"tenant/one", "a1"}
+    for option in ("--only", "--without"):
+        assert place.call("run", option, "nobody-*") == 2
+        assert f"{option} nobody-*: no such adapter" in capsys.readouterr().err
+    assert place.call("run", "--only", "a*", "--allow-missing") == 1
+    assert "tenant/one (--only leaves it out)" in capsys.readouterr().err
+    assert place.call("run", "--only", "a*", "--allow-drop", "1") == 0
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4", "a5"}
+
+
+def test_compact_without_a_pattern_removes_all_that_match(place: Place) -> None:
+    place.upload("a6", to="tenant/one")
+    place.upload("a7", to="tenant/two")
+    assert place.call("run") == 0
+    assert place.call("compact", "--without", "tenant/*", "a5") == 0
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4"}
+    assert json.loads((place.out / "REMOVED").read_text()).keys() == {"tenant/one", "tenant/two", "a5"}
+    assert place.call("compact", "--without", "tenant/three*") == 2
