@@ -5,14 +5,16 @@ Only the config and the headers of the safetensors files are read, never the wei
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.adapters.tensor_file import TensorPlace, read_header
+from cluster.adapters.mistaken import mistaken_for
+from cluster.adapters.tensor_file import TensorPlace, read_header, shorten
 from cluster.errors import BaseModelError, StoreMissing
 from cluster.hashing import canonical_json
 from cluster.layer import ModuleShape
@@ -26,12 +28,14 @@ _VOLATILE_KEYS = ("_name_or_path", "_model_name_or_path", "transformers_version"
 _TABLES = ("embed_tokens", "embed_in", "embed_out", "word_embeddings", "wte", "wpe", "lm_head")
 # Architectures whose projections are stored transposed (transformers' Conv1D).
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
+_INDEX = "model.safetensors.index.json"
 _HUB_SNAPSHOT = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/[0-9a-f]+$")
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """``accepted_names`` are those that an adapter's ``base_model_name_or_path`` may carry.
+    """``accepted_names`` are those that an adapter's ``base_model_name_or_path`` may carry: names, patterns with *, and
+    "" for none at all.
 
     ``modules`` are the linear layers by full name. ``size_bytes`` is that of the weights as stored.
     """
@@ -41,6 +45,11 @@ class BaseModel:
     modules: dict[str, ModuleShape]
     accepted_names: frozenset[str]
     size_bytes: int
+
+    def answers_to(self, name: str) -> bool:
+        return name in self.accepted_names or any(
+            name != "" and fnmatch.fnmatchcase(name, accepted) for accepted in self.accepted_names if "*" in accepted
+        )
 
 
 def read_base(address: str, *, name: str | None = None, accept: Iterable[str] = ()) -> BaseModel:
@@ -76,34 +85,74 @@ def read_base(address: str, *, name: str | None = None, accept: Iterable[str] = 
 
 
 def _read_config(store: Store) -> dict[str, Any]:
+    data = b""
     try:
+        data = store.read("config.json").data
         # Some configs hold Infinity (Mamba's time_step_limit), which canonical JSON does not.
-        config = json.loads(store.read("config.json").data, parse_constant=str)
+        config = json.loads(data, parse_constant=str)
     except StoreMissing as error:
         raise BaseModelError(
             f"base model {store.uri}: no config.json there ({error}); expected a folder that transformers loads"
         ) from None
     except (ValueError, RecursionError):
-        raise BaseModelError(f"base model {store.uri}: config.json is not JSON; download the model again") from None
+        what = mistaken_for(data) or "not JSON; download the model again"
+        raise BaseModelError(f"base model {store.uri}: config.json is {what}") from None
     if not isinstance(config, dict):
         raise BaseModelError(f"base model {store.uri}: config.json is not a JSON object; download the model again")
     return config
 
 
 def _read_headers(store: Store) -> tuple[dict[str, TensorPlace], int]:
+    # Only at the top: sub-folders hold other things (original checkpoints, adapters).
+    sizes = {entry.key: entry.size_bytes for entry in store.list() if "/" not in entry.key}
     tensors: dict[str, TensorPlace] = {}
     size_bytes = 0
-    for entry in store.list():
-        # Only at the top: sub-folders hold other things (original checkpoints, adapters).
-        if entry.key.endswith(".safetensors") and "/" not in entry.key and not entry.key.startswith("adapter_"):
-            try:
-                tensors |= read_header(store, entry.key)
-            except ValueError as error:
-                raise BaseModelError(f"base model {store.uri}/{entry.key}: {error}; download it again") from None
-            size_bytes += entry.size_bytes
-    if not tensors:
-        raise BaseModelError(f"base model {store.uri}: no .safetensors file there; convert the weights to safetensors")
+    for key, names in _weights_files(store, sizes).items():
+        try:
+            found = read_header(store, key)
+        except ValueError as error:
+            what = mistaken_for(store.read_range(key, 0, min(sizes[key], 512)))
+            problem = f"it is {what}" if what else f"{error}; download it again"
+            raise BaseModelError(f"base model {store.uri}/{key}: {problem}") from None
+        if names and (lacking := sorted(names - found.keys())):
+            raise BaseModelError(
+                f"base model {store.uri}/{key}: it lacks {len(lacking)} tensors that {_INDEX} says are in it, such as "
+                f"{shorten(lacking[0])}; download the model again"
+            )
+        tensors |= found
+        size_bytes += sizes[key]
     return tensors, size_bytes
+
+
+def _weights_files(store: Store, sizes: Mapping[str, int]) -> dict[str, set[str]]:
+    """The files that transformers would load, with the tensors that the index promises of each; without its usual
+    names all there are. A second copy in another layout (``consolidated.safetensors``) is none of them."""
+    if "model.safetensors" in sizes:
+        return {"model.safetensors": set()}
+    if _INDEX not in sizes:
+        files = [key for key in sizes if key.endswith(".safetensors") and not key.startswith("adapter_")]
+        if not files:
+            raise BaseModelError(
+                f"base model {store.uri}: no .safetensors file there; convert the weights to safetensors"
+            )
+        return {key: set() for key in files}
+    data = store.read(_INDEX).data
+    promised: dict[str, set[str]] = {}
+    try:
+        for tensor, key in json.loads(data)["weight_map"].items():
+            promised.setdefault(key, set()).add(tensor)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        what = mistaken_for(data) if b"weight_map" not in data else None
+        problem = f"is {what}" if what else "has no weight_map of names; download the model again"
+        raise BaseModelError(f"base model {store.uri}: {_INDEX} {problem}") from None
+    if missing := sorted(str(key) for key in promised if key not in sizes):
+        raise BaseModelError(
+            f"base model {store.uri}: {len(missing)} of the {len(promised)} files that {_INDEX} names are not there, "
+            f"such as {shorten(missing[0])}; download the model again"
+        )
+    if not promised:
+        raise BaseModelError(f"base model {store.uri}: {_INDEX} names no file; download the model again")
+    return promised
 
 
 def _fingerprint(config: dict[str, Any], tensors: dict[str, TensorPlace]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 
 from cluster.adapters.base import BaseModel
 from cluster.adapters.config import AdapterConfig
@@ -14,6 +16,9 @@ MAX_RANK = 4096  # its square is allocated
 _MAX_MESSAGE_SIZE = 600
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+# What torch.compile, FSDP, activation checkpointing and DDP put into the names of what they wrap.
+_WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_DEFAULT = re.compile(r"\.lora_([AB])\.default\.weight")
 # What else PEFT writes into the file, by the reason it is refused for; the first that matches counts.
 _FOREIGN_TENSORS = (
     (re.compile(r"lora_magnitude_vector"), "dora", "a DoRA magnitude"),
@@ -25,6 +30,11 @@ _FOREIGN_TENSORS = (
     (re.compile(r"trainable_tokens"), "embeddings", "trained tokens"),
     (re.compile(r"lora_[AB]\.bias"), "lora-bias", "a bias of a LoRA factor"),
     (re.compile(r"\.bias$"), "bias", "a trained bias"),
+    (
+        re.compile(r"\.lora_[AB]\.[^.]+\.weight$"),
+        "unknown-tensor",
+        "a factor as the model holds it, not as PEFT's save_pretrained writes it",
+    ),
     (re.compile(r"modules_to_save|\.weight$"), "modules-to-save", "a fully trained module"),
 )  # fmt: skip
 
@@ -55,6 +65,31 @@ class Refuse:
         return AdapterRefused(self.adapter_id, reason, message)
 
 
+def plain_names(refuse: Refuse, names: Iterable[str], base: BaseModel) -> dict[str, str]:
+    """Name in the file -> name that PEFT's save_pretrained would have written, where a module of the base leaves no
+    doubt; other names stay as they are."""
+    plain = {name: _plain_name(name, base) for name in names}
+    if len(set(plain.values())) < len(plain):
+        twice = next(name for name, count in Counter(plain.values()).items() if count > 1)
+        written = sorted(name for name in plain if plain[name] == twice)
+        raise refuse("unknown-tensor", f"tensors {written[0]!r} and {written[1]!r} are both {twice!r}")
+    return plain
+
+
+def _plain_name(name: str, base: BaseModel) -> str:
+    if _is_of(name, base):
+        return name
+    inner = _DEFAULT.sub(r".lora_\1.weight", _WRAPPERS.sub("", name))
+    inner = inner.removeprefix("module.").removeprefix("base_model.model.").removeprefix("module.")
+    plain = f"base_model.model.{inner}"
+    return plain if _is_of(plain, base) else name
+
+
+def _is_of(name: str, base: BaseModel) -> bool:
+    match = _TENSOR.fullmatch(name)
+    return match is not None and match["module"] in base.modules
+
+
 def paired_places(
     refuse: Refuse, places: dict[str, TensorPlace], config: AdapterConfig, base: BaseModel
 ) -> dict[str, tuple[TensorPlace, TensorPlace]]:
@@ -67,7 +102,10 @@ def paired_places(
             raise _foreign(refuse, name)
         found.setdefault(match["module"], {})[match["factor"]] = place
     if not found:
-        raise refuse("no-module", f"{WEIGHTS_FILE} holds no tensor")
+        raise refuse(
+            "no-module",
+            f"{WEIGHTS_FILE} holds no tensor; saved under DeepSpeed ZeRO-3, gather the parameters before saving",
+        )
     for module in sorted(found):
         _check_module(refuse, module, found[module], config, base)
     # The base's modules that the config names but the file lacks: PEFT would train them, so they got lost.

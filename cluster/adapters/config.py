@@ -1,7 +1,8 @@
 """``adapter_config.json`` at the border: an allow-list over every key that PEFT writes.
 
-A key is supported, or without effect on what the adapter computes, or at its neutral value. Anything else
-is refused by key and value, for a key that is ignored is an adapter that silently answers wrong.
+A key is supported, or without effect on what the adapter computes, or at its neutral value. An unknown key at an empty
+value asks for nothing. Anything else is refused by key and value, for a key that is ignored is an adapter that silently
+answers wrong.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import regex
 
+from cluster.adapters.mistaken import mistaken_for
 from cluster.errors import AdapterRefused
 
 # Patterns come from outside; one that backtracks for ever must not hold the job. For all of an adapter's together.
@@ -67,7 +69,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The supported part of a config. Rank and scale are by module, as PEFT resolves them."""
+    """The supported part of a config. Rank and scale are by module, as PEFT resolves them. ``base_name`` is "" where
+    the config names none."""
 
     adapter_id: str
     base_name: str
@@ -168,7 +171,8 @@ def parse_adapter_config(adapter_id: str, data: bytes) -> AdapterConfig:
     try:
         config = json.loads(data)
     except (ValueError, RecursionError):
-        raise AdapterRefused(adapter_id, "config", "adapter_config.json is not JSON") from None
+        what = mistaken_for(data) or "not JSON; upload it again"
+        raise AdapterRefused(adapter_id, "config", f"adapter_config.json is {what}") from None
     if not isinstance(config, dict):
         raise AdapterRefused(adapter_id, "config", "adapter_config.json is not a JSON object")
     for key, value in config.items():
@@ -182,6 +186,8 @@ def _check_key(adapter_id: str, key: str, value: Any) -> None:
     if key in _SUPPORTED or key in _WITHOUT_EFFECT:
         return
     if key not in _NEUTRAL:
+        if not value:  # null, false, 0, "", [], {}: a newer PEFT's feature, not used
+            return
         raise AdapterRefused(
             adapter_id, "unknown-key", f"adapter_config.json has the unknown key {_shorten(key)} = {_shorten(value)}"
         )
@@ -209,7 +215,7 @@ class _Reader:
         rslora = self.config.get("use_rslora", False)
         self.need(isinstance(rslora, bool), "use_rslora")
         base_name = self.config.get("base_model_name_or_path")
-        self.need(isinstance(base_name, str) and base_name != "", "base_model_name_or_path")
+        self.need(base_name is None or isinstance(base_name, str), "base_model_name_or_path")
         revision = self.config.get("revision")
         self.need(revision is None or isinstance(revision, str), "revision")
         layers = self.config.get("layers_to_transform")
@@ -221,7 +227,7 @@ class _Reader:
         return AdapterConfig(
             adapter_id=self.adapter_id,
             # A base at another revision is another base, unless it is accepted by that very name.
-            base_name=str(base_name) if revision in (None, "", "main") else f"{base_name}@{revision}",
+            base_name=(base_name or "") + ("" if revision in (None, "", "main") else f"@{revision}"),
             r=r,
             lora_alpha=float(alpha),
             use_rslora=rslora,

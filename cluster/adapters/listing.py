@@ -10,7 +10,10 @@ from cluster.store.protocol import Entry, Store
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PICKLE = re.compile(r"adapter_model.*\.(bin|pt|pth)")
+# Weights in forms that are not read: pickles, shards with their index, MLX's.
+_OTHERS = re.compile(
+    r"adapter_model.*\.(bin|pt|pth)|adapter_model.+\.safetensors|adapter_model.*\.index\.json|adapters\.(safetensors|npz)"
+)
 
 
 def list_adapters(store: Store) -> list[AdapterFiles]:
@@ -18,14 +21,14 @@ def list_adapters(store: Store) -> list[AdapterFiles]:
     folders: dict[str, dict[str, Entry]] = {}
     for entry in store.list():
         folder, _, name = entry.key.rpartition("/")
-        if name in (CONFIG_FILE, WEIGHTS_FILE) or _PICKLE.fullmatch(name):
+        if name in (CONFIG_FILE, WEIGHTS_FILE) or _OTHERS.fullmatch(name):
             folders.setdefault(folder, {})[name] = entry
     return [
         AdapterFiles(
             adapter_id=_printable(folder),
             config=entries.get(CONFIG_FILE),
             weights=entries.get(WEIGHTS_FILE),
-            has_pickle=any(map(_PICKLE.fullmatch, entries)),
+            others=tuple(sorted(filter(_OTHERS.fullmatch, entries))),
             below=_above(folder, folders),
         )
         for folder, entries in sorted(folders.items())

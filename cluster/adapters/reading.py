@@ -8,17 +8,18 @@ then by ranges (``read_modules``), each request tied to the ETag of the first re
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from cluster.adapters.base import BaseModel
-from cluster.adapters.checks import Refuse, check_id, paired_places, tensor_name
+from cluster.adapters.checks import Refuse, check_id, paired_places, plain_names, tensor_name
 from cluster.adapters.config import parse_adapter_config
 from cluster.adapters.factors import Factors, factored_energy
 from cluster.adapters.listing import CONFIG_FILE, WEIGHTS_FILE
+from cluster.adapters.mistaken import mistaken_for
 from cluster.adapters.record import AdapterFiles, AdapterRecord, ModulePlaces
 from cluster.adapters.tensor_file import TensorPlace, decode, parse_header
 from cluster.errors import AdapterChanged, StoreConflict, StoreMissing
@@ -42,23 +43,15 @@ def read_adapter(store: Store, files: AdapterFiles, base: BaseModel) -> tuple[Ad
     if files.config is None:
         raise refuse("no-config", f"there is no {CONFIG_FILE} beside its weights")
     if files.weights is None:
-        if files.has_pickle:
-            raise refuse(
-                "pickle", f"its weights are pickled (.bin); pickle is never loaded, save them as {WEIGHTS_FILE}"
-            )
-        raise refuse("no-weights", f"there is no {WEIGHTS_FILE}")
+        raise refuse(*_no_weights(files.others))
     for entry, limit in ((files.config, MAX_CONFIG_BYTES), (files.weights, MAX_WEIGHTS_BYTES)):
         if entry.size_bytes > limit:
             raise refuse("too-large", f"{entry.key} has {entry.size_bytes} bytes, at most {limit} are read")
 
     config_bytes = _read(refuse, store, files.config.key).data
     config = parse_adapter_config(files.adapter_id, config_bytes)
-    if config.base_name not in base.accepted_names:
-        raise refuse(
-            "base",
-            f"it was trained on {config.base_name!r}, this base is {' or '.join(sorted(base.accepted_names))}; "
-            f"if that is the same model, add --accept-base {config.base_name!r}",
-        )
+    if not base.answers_to(config.base_name):
+        raise refuse("base", _other_base(config.base_name, base))
     weights = _read(refuse, store, files.weights.key)
     places = _places(refuse, weights.data)
     try:
@@ -67,6 +60,9 @@ def read_adapter(store: Store, files: AdapterFiles, base: BaseModel) -> tuple[Ad
         # All that library and torch raise on shapes nobody can have, such as [0, 2**63].
         raise refuse("corrupt", f"{files.weights.key} is not valid safetensors ({error})") from None
 
+    names = plain_names(refuse, places, base)
+    places = {names[name]: place for name, place in places.items()}
+    tensors = {names[name]: tensor for name, tensor in tensors.items()}
     modules, factors = {}, {}
     for module, (place_A, place_B) in paired_places(refuse, places, config, base).items():
         A = tensors[tensor_name(module, "A")].float()
@@ -117,6 +113,25 @@ def read_modules(store: Store, record: AdapterRecord, modules: Collection[str]) 
     }
 
 
+def _no_weights(others: Sequence[str]) -> tuple[str, str]:
+    """Reason and message."""
+    if pickles := [name for name in others if not name.endswith((".safetensors", ".npz", ".json"))]:
+        message = f"its weights are pickled ({pickles[0]}); pickle is never loaded, save them as {WEIGHTS_FILE}"
+        return "pickle", message
+    if any(name.startswith("adapters.") for name in others):
+        return "no-weights", f"it was saved by MLX ({others[0]}); convert it to PEFT's {WEIGHTS_FILE}"
+    if others:
+        return "no-weights", f"its weights are in shards ({others[0]}); save them as one {WEIGHTS_FILE}"
+    return "no-weights", f"there is no {WEIGHTS_FILE}"
+
+
+def _other_base(name: str, base: BaseModel) -> str:
+    known = " or ".join(sorted(filter(None, base.accepted_names)))
+    if not name:
+        return f"its config names no base; if it was trained on this one ({known}), add --accept-unnamed-base"
+    return f"it was trained on {name!r}, this base is {known}; if that is the same model, add --accept-base {name!r}"
+
+
 def _read(refuse: Refuse, store: Store, key: str) -> Blob:
     try:
         return store.read(key)
@@ -128,6 +143,8 @@ def _places(refuse: Refuse, data: bytes) -> dict[str, TensorPlace]:
     try:
         return parse_header(data, len(data))
     except ValueError as error:
+        if what := mistaken_for(data):
+            raise refuse("pickle" if "pickle" in what else "corrupt", f"{WEIGHTS_FILE} is {what}") from None
         raise refuse("corrupt", f"{WEIGHTS_FILE}: {error}; upload it again") from None
 
 

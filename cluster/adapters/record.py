@@ -11,12 +11,13 @@ from cluster.store.protocol import Entry
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What the listing says of an adapter's folder. ``below``: the adapter in whose folder it lies, if it does."""
+    """What the listing says of an adapter's folder. ``others``: names of further files that hold weights, none of which
+    is read. ``below``: the adapter in whose folder it lies, if it does."""
 
     adapter_id: str
     config: Entry | None
     weights: Entry | None
-    has_pickle: bool
+    others: tuple[str, ...] = ()
     below: str | None = None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.bundle.removed import note_removed
 from cluster.compression.methods import METHODS
 from compress_jobs.commands.drops import ALLOW_DROP, drops_allowed
-from compress_jobs.job.options import RunOptions, matching
+from compress_jobs.job.options import RunOptions, accepted_names, matching
 from compress_jobs.lifecycle.compact import Drift, refit_options
 from compress_jobs.lifecycle.revision import Standing, open_current
 
@@ -59,6 +59,7 @@ def add_parser(commands: Any) -> None:
     compact.add_argument(
         "--accept-base", metavar="NAME", action="append", default=[], help="as for `run`, besides those accepted before"
     )
+    compact.add_argument("--accept-unnamed-base", action="store_true", help="as for `run`")
     compact.add_argument(
         "--allow-missing", action="store_true", help="drop served adapters that have no folder any more"
     )
@@ -83,7 +84,7 @@ def _execute(parsed: argparse.Namespace) -> int:
         parsed.adapters,
         parsed.base,
         parsed.without,
-        parsed.accept_base,
+        accepted_names(parsed.accept_base, parsed.accept_unnamed_base),
         parsed.num_cpus,
         parsed.allow_missing,
         parsed.allow_drop,

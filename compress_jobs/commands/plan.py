@@ -13,6 +13,7 @@ from typing import Any
 from cluster.adapters.base import read_base
 from cluster.errors import ConfigError
 from cluster.units import parse_size
+from compress_jobs.job.options import accepted_names
 from compress_jobs.quality.plan import plan
 
 _HELP = """\
@@ -38,6 +39,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--accept-base", metavar="NAME", action="append", default=[], help="further name of the base (repeatable)"
     )
+    parser.add_argument("--accept-unnamed-base", action="store_true", help="as for run")
     parser.add_argument("--device-memory", metavar="SIZE", required=True, help="of one serving device, such as 80GiB")
     parser.add_argument("--num-cpus", metavar="N", type=int, default=os.cpu_count(), help="CPUs the job would have")
     parser.add_argument("--sample", metavar="N", type=int, default=64, help="adapters to read (default: 64)")
@@ -56,7 +58,9 @@ def _plan(parsed: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(parsed, name)}; expected 1 or more")
     planned = plan(
         parsed.adapters,
-        read_base(parsed.base, name=parsed.base_name, accept=parsed.accept_base),
+        read_base(
+            parsed.base, name=parsed.base_name, accept=accepted_names(parsed.accept_base, parsed.accept_unnamed_base)
+        ),
         device_memory,
         parsed.num_cpus,
         parsed.sample,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from compress_jobs.job.options import accepted_names
 from compress_jobs.lifecycle.source import Source
 
 
@@ -17,11 +18,14 @@ def add_source_arguments(parser: argparse.ArgumentParser, ids: str) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="further name adapters may call this base by (repeatable)",
+        help="further name adapters may call this base by, or a pattern with *, for all later revisions (repeatable)",
+    )
+    parser.add_argument(
+        "--accept-unnamed-base", action="store_true", help="adapters whose config names no base are accepted"
     )
 
 
 def source_of(parsed: argparse.Namespace) -> Source:
-    ids, accepted = tuple(dict.fromkeys(parsed.adapter)), tuple(parsed.accept_base)
+    ids, accepted = tuple(dict.fromkeys(parsed.adapter)), accepted_names(parsed.accept_base, parsed.accept_unnamed_base)
     restore, checkpoints = tuple(getattr(parsed, "restore", ())), getattr(parsed, "checkpoints", False)
     return Source(parsed.out, parsed.adapters, parsed.base, ids, accepted, restore, checkpoints)

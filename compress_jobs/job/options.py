@@ -78,8 +78,9 @@ class RunOptions:
         "0", "how many adapters that are served may no longer be, a number or all", metavar="N|all"
     )
     accept_base: tuple[str, ...] = _option(
-        (), "further name adapters may call this base by (repeatable)", metavar="NAME"
+        (), "further name adapters may call this base by, or a pattern with * (repeatable)", metavar="PATTERN"
     )
+    accept_unnamed_base: bool = _option(False, "adapters whose config names no base are accepted")
     base_name: str = _option("", "the base's own name, where its config does not say", metavar="NAME")
     seed: int = _option(0, "seed of clustering and of the iteration's start", metavar="S")
     dtype: str = _option("bfloat16", "dtype of the stored tensors", choices=DTYPES)
@@ -124,6 +125,11 @@ class RunOptions:
         need(self.in_flight >= 0, "in-flight", f"is {self.in_flight}", "expected 0 or more")
 
     @property
+    def base_names(self) -> tuple[str, ...]:
+        """What adapters may call the base by besides its own name; "" stands for no name."""
+        return accepted_names(self.accept_base, self.accept_unnamed_base)
+
+    @property
     def auto(self) -> tuple[str, ...]:
         """Which of method, clusters and rank the job is to choose."""
         return tuple(name for name in ("clusters", "method", "rank") if getattr(self, name) == AUTO)
@@ -166,6 +172,11 @@ class RunOptions:
     def takes(self, adapter_id: str) -> bool:
         """Whether ``only`` and ``without`` leave it in."""
         return not matching([adapter_id], self.without) and (not self.only or bool(matching([adapter_id], self.only)))
+
+
+def accepted_names(accept_base: Iterable[str], accept_unnamed_base: bool) -> tuple[str, ...]:
+    """As ``read_base`` takes them and the manifest keeps them."""
+    return (*accept_base, *([""] if accept_unnamed_base else []))
 
 
 def matching(ids: Iterable[str], patterns: Collection[str]) -> set[str]:

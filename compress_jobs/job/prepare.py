@@ -46,7 +46,7 @@ class Job:
 
 def prepare(options: RunOptions) -> Job:
     """Reads the base and the collection's listing, and probes the store that will be published on. Raises CtsError."""
-    base = read_base(options.base, name=options.base_name or None, accept=options.accept_base)
+    base = read_base(options.base, name=options.base_name or None, accept=options.base_names)
     context = JobContext("", options, base, ())
     store = context.out()
     # Before hours are spent: may this store be published on at all?

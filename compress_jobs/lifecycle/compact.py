@@ -96,6 +96,7 @@ def refit_options(
     need_known(unknown, (), "--without", f"neither served nor in {adapters}")
     kept = manifest.adapters.keys() - matching(known, without)
     left_out = (folders - manifest.adapters.keys() - manifest.refused.keys()) | matching(known, without)
+    names = {*manifest.base.accepted, *accept_base}
     chosen: dict[str, Any] = {
         "clusters": method.clusters or 1,
         "rank": method.rank,
@@ -117,7 +118,8 @@ def refit_options(
         seed=method.seed,
         dtype=method.dtype,
         base_name=manifest.base.name,
-        accept_base=tuple(dict.fromkeys((*manifest.base.accepted, *accept_base))),
+        accept_base=tuple(sorted(names - {""})),
+        accept_unnamed_base="" in names,
         allow_missing=allow_missing,
         allow_drop=ALL if allow_drop is None else str(allow_drop),
         without=tuple(sorted(left_out)),

@@ -87,7 +87,7 @@ def _read_originals(
     bundle: Bundle, base: str, adapters: str, accept_base: Collection[str]
 ) -> dict[str, dict[str, Factors]]:
     manifest = bundle.manifest
-    described = read_base(base, name=manifest.base.name, accept=accept_base)
+    described = read_base(base, name=manifest.base.name, accept=(*manifest.base.accepted, *accept_base))
     if described.fingerprint != manifest.base.fingerprint:
         raise ConfigError(f"--base {base}: another model than the bundle's base {manifest.base.name}; give that one")
     store = open_store(adapters)

@@ -217,3 +217,49 @@ def test_the_real_base_has_its_seven_layers_times_thirty(base_path: Path) -> Non
     base = read_base(str(base_path))
     assert len(base.modules) == 7 * 30
     assert base.modules["model.layers.29.self_attn.k_proj"] == ModuleShape(192, 576)
+
+
+# --- The folder as it was downloaded ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return save_llama(tmp_path / "sharded", shard_size="20KB")
+
+
+def test_a_missing_shard_is_the_bases_fault(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(BaseModelError, match=f"1 of the .* files that .* names are not there, such as '{shard.name}'"):
+        read_base(str(sharded))
+
+
+def test_a_shard_that_lacks_what_the_index_promises_is_named(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    lost = sorted(load_file(shard))[0]
+    save_file({name: tensor for name, tensor in load_file(shard).items() if name != lost}, shard)
+    with pytest.raises(BaseModelError, match=f"{shard.name}: it lacks 1 tensors .* such as '{lost}'"):
+        read_base(str(sharded))
+
+
+@pytest.mark.parametrize("index", [b"{}", b"[]", b'{"weight_map": {}}', b'{"weight_map": {"a": ["b"]}}', b"\xff"])
+def test_an_index_that_is_none_is_named(sharded: Path, index: bytes) -> None:
+    (sharded / "model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(BaseModelError, match=r"model\.safetensors\.index\.json"):
+        read_base(str(sharded))
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+def test_a_second_copy_of_the_weights_in_another_layout_does_not_count(tmp_path: Path, shard_size: str) -> None:
+    folder = save_llama(tmp_path / "model", shard_size=shard_size, tie_word_embeddings=False)
+    before = read_base(str(folder))
+    save_file({"layers.0.attention.wq.weight": torch.zeros(32, 32)}, folder / "consolidated.safetensors")
+    assert read_base(str(folder)) == before
+
+
+def test_pointers_in_place_of_files_are_called_what_they_are(folder: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).write_bytes(pointer)
+        with pytest.raises(BaseModelError, match=f"{name}.* is a Git LFS pointer.*git lfs pull"):
+            read_base(str(folder))

@@ -95,7 +95,7 @@ def test_keys_without_effect_may_hold_anything(key: str) -> None:
         *(("exclude_modules", value) for value in (5, {"q": 1}, ["q", None])),
         *(("layers_to_transform", value) for value in ("0", [0, "1"], [True], 1.0, True, {"0": 1})),
         *(("layers_pattern", value) for value in (5, ["h", 5], {"h": 1})),
-        *(("base_model_name_or_path", value) for value in (None, "", 5, ["x"])),
+        *(("base_model_name_or_path", value) for value in (5, ["x"])),
         *(("revision", value) for value in (5, ["main"])),
     ],
 )
@@ -121,6 +121,16 @@ def test_what_is_no_config_is_refused(data: bytes, seen: str) -> None:
     with pytest.raises(AdapterRefused, match=seen) as caught:
         parse_adapter_config("one", data)
     assert caught.value.reason == "config"
+
+
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, "", [], {}])
+def test_an_unknown_key_at_an_empty_value_asks_for_nothing(value: object) -> None:
+    assert parse(from_a_newer_peft=value) == parse()
+
+
+@pytest.mark.parametrize("value", [True, 1, 0.5, "no", [0], {"a": None}])
+def test_an_unknown_key_at_any_other_value_is_refused(value: object) -> None:
+    assert refusal(from_a_newer_peft=value).reason == "unknown-key"
 
 
 def test_long_values_are_shortened_in_messages() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -233,7 +236,7 @@ def _put(value: float) -> Callable[[Tensor], Tensor]:
         (_set("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 64)), "embeddings",
          "embed_tokens.lora_embedding_A", "only LoRA factors"),
         (_set("anything", torch.ones(1)), "unknown-tensor", "'anything'", "PEFT's LoRA writes"),
-        (_set(f"{Q0}.lora_A.default.weight", torch.ones(4, 32)), "modules-to-save", "lora_A.default", "only LoRA"),
+        (_set(f"{Q0}.lora_A.default.weight", torch.ones(4, 32)), "unknown-tensor", "lora_A.default", "are both"),
     ],
 )  # fmt: skip
 def test_tensors_that_are_not_the_adapters_are_refused(
@@ -259,7 +262,9 @@ def test_tensors_that_are_not_the_adapters_are_refused(
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "missing-module", "o_proj", "targets 2 modules"),
         ({"base_model_name_or_path": "org/other"}, "base", "'org/other'", "--accept-base 'org/other'"),
         ({"revision": "v2"}, "base", "'org/tiny@v2'", "this base is org/tiny"),
-        ({"base_model_name_or_path": None}, "config", "base_model_name_or_path = None", "not valid"),
+        ({"base_model_name_or_path": None}, "base", "names no base", "--accept-unnamed-base"),
+        ({"base_model_name_or_path": ""}, "base", "names no base", "--accept-unnamed-base"),
+        ({"base_model_name_or_path": ["x"]}, "config", "base_model_name_or_path = ['x']", "not valid"),
         ({"fan_in_fan_out": True}, "fan-in-fan-out", "True", "expected False"),
         ({"use_qalora": True}, "qalora", "True", "expected False"),
         ({"task_type": "SEQ_CLS"}, "task-type", "'SEQ_CLS'", "'CAUSAL_LM'"),
@@ -308,7 +313,7 @@ def test_pickle_is_never_loaded(good: Path, base: BaseModel, name: str) -> None:
     (good / "adapter_model.safetensors").unlink()
     (good / name).write_bytes(pickle.dumps(_Bomb(str(marker))))
     error = refusal(good.parent, base)
-    assert error.reason == ("pickle" if name.endswith(".bin") else "corrupt")
+    assert error.reason == "pickle"
     assert "adapter_model.safetensors" in error.message
     assert not marker.exists()
     pickle.loads((good / name).read_bytes())  # the payload is live: loading it would have shown
@@ -318,6 +323,150 @@ def test_pickle_is_never_loaded(good: Path, base: BaseModel, name: str) -> None:
 def test_a_pickle_beside_good_weights_does_not_matter(good: Path, base: BaseModel) -> None:
     (good / "adapter_model.bin").write_bytes(b"anything")
     read_only_one(good.parent, base)
+
+
+ELSE: dict[str, tuple[bytes, str, str]] = {
+    "lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "a Git LFS pointer",
+        "lfs pull",
+    ),
+    "html": (b"\r\n<!DOCTYPE html><html><title>Sign in</title>", "an HTML page", "upload the file itself"),
+    "xml": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "an XML document", "upload the file"),
+    "gzip": (gzip.compress(b"weights"), "a gzip archive", "that is in it"),
+}
+
+
+@pytest.mark.parametrize("kind", ELSE)
+@pytest.mark.parametrize(
+    ("file", "reason"), [("adapter_model.safetensors", "corrupt"), ("adapter_config.json", "config")]
+)
+def test_a_file_that_is_something_else_is_called_what_it_is(
+    good: Path, base: BaseModel, kind: str, file: str, reason: str
+) -> None:
+    data, what, remedy = ELSE[kind]
+    (good / file).write_bytes(data)
+    error = refusal(good.parent, base)
+    assert error.reason == reason
+    assert f"{file} is {what}" in error.message
+    assert remedy in error.message
+
+
+def test_an_index_under_the_weights_name_is_called_one(good: Path, base: BaseModel) -> None:
+    (good / "adapter_model.safetensors").write_bytes(b'{"metadata": {}, "weight_map": {"a": "b"}}')
+    assert "is the index of a file in shards; save it as one" in refusal(good.parent, base).message
+
+
+def test_what_torch_saves_under_a_safetensors_name_is_called_a_pickle(good: Path, base: BaseModel) -> None:
+    for is_zip in (True, False):
+        path = good / "adapter_model.safetensors"
+        torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=is_zip)
+        assert refusal(good.parent, base).reason == "pickle"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("adapter_model.safetensors", b"weights")
+    assert "a zip archive" in refusal(good.parent, base).message
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("adapter_model-00001-of-00002.safetensors", "in shards"),
+        ("adapter_model.safetensors.index.json", "in shards"),
+        ("adapters.safetensors", "saved by MLX"),
+        ("adapters.npz", "saved by MLX"),
+    ],
+)
+def test_weights_in_a_form_that_is_not_read_are_called_what_they_are(
+    good: Path, base: BaseModel, name: str, what: str
+) -> None:
+    (good / "adapter_model.safetensors").rename(good / name)
+    error = refusal(good.parent, base)
+    assert error.reason == "no-weights"
+    assert what in error.message
+    assert name in error.message
+
+
+def test_a_file_without_tensors_says_what_makes_such_files(good: Path, base: BaseModel) -> None:
+    save_file({}, good / "adapter_model.safetensors")
+    error = refusal(good.parent, base)
+    assert error.reason == "no-module"
+    assert "ZeRO-3" in error.message
+
+
+# --- Names as wrappers write them ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "written"),
+    [
+        (r"\.lora_([AB])\.weight$", r".lora_\1.default.weight"),
+        (r"^base_model\.model\.", r"base_model.model._orig_mod."),
+        (r"^base_model\.model\.", r"_orig_mod.base_model.model."),
+        (r"^base_model\.model\.", r"module.base_model.model."),
+        (r"^base_model\.model\.", r"base_model.model.module."),
+        (r"^base_model\.model\.", r""),
+        (r"\.self_attn\.", r"._fsdp_wrapped_module.self_attn._checkpoint_wrapped_module."),
+    ],
+)
+def test_a_wrappers_names_are_the_same_adapter(good: Path, base: BaseModel, pattern: str, written: str) -> None:
+    plain, factors = read_only_one(good.parent, base)
+    weights = good / "adapter_model.safetensors"
+    wrapped = {re.sub(pattern, written, name): tensor for name, tensor in load_file(weights).items()}
+    assert not wrapped.keys() & load_file(weights).keys()
+    save_file(wrapped, weights)
+    record, found = read_only_one(good.parent, base)
+    assert record.version == plain.version
+    assert found.keys() == factors.keys()
+    assert all(torch.equal(a, b) for m in factors for a, b in zip(found[m], factors[m], strict=True))
+    again = read_modules(open_store(str(good.parent)), record, list(factors))
+    assert all(torch.equal(a, b) for m in factors for a, b in zip(again[m], factors[m], strict=True))
+
+
+def test_one_factor_under_two_names_is_refused(good: Path, base: BaseModel) -> None:
+    edit_tensors(good, lambda t: t.update({n.replace(".weight", ".default.weight"): t[n] + 1 for n in list(t)}))
+    error = refusal(good.parent, base)
+    assert error.reason == "unknown-tensor"
+    assert "are both" in error.message
+
+
+def test_a_factor_of_an_adapter_by_another_name_is_refused_for_what_it_is(good: Path, base: BaseModel) -> None:
+    def rename(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[name.replace(".weight", ".mine.weight")] = tensors.pop(name)
+
+    edit_tensors(good, rename)
+    error = refusal(good.parent, base)
+    assert error.reason == "unknown-tensor"
+    assert "save_pretrained" in error.message
+
+
+# --- What the base is called --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("named", "accepted", "is_accepted"),
+    [
+        ("unsloth/tiny-bnb-4bit", "unsloth/*-bnb-4bit", True),
+        ("/scratch/job-17/tiny", "/scratch/*", True),
+        ("other/tiny", "unsloth/*", False),
+        ("unsloth/tiny", "unsloth/tin", False),
+        (None, "*", False),
+        ("", "", True),
+        (None, "", True),
+        ("org/other", "", False),
+    ],
+)
+def test_a_base_answers_to_names_and_patterns(
+    good: Path, tmp_path_factory: pytest.TempPathFactory, named: str | None, accepted: str, is_accepted: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("base")
+    make_model().save_pretrained(folder)
+    edit_config(good, base_model_name_or_path=named)
+    base = read_base(str(folder), name=NAME, accept=[accepted])
+    if is_accepted:
+        read_only_one(good.parent, base)
+    else:
+        assert refusal(good.parent, base).reason == "base"
 
 
 def test_files_beyond_the_limits_are_refused_unread(good: Path, base: BaseModel) -> None:

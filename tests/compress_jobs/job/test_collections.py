@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.support.jobs import rewrite
 from tests.support.place import Place
 
 pytestmark = pytest.mark.usefixtures("ray_for_jobs")
@@ -72,3 +73,20 @@ def test_compact_without_a_pattern_removes_all_that_match(place: Place) -> None:
     assert place.served() == {"a0", "a1", "a2", "a3", "a4"}
     assert json.loads((place.out / "REMOVED").read_text()).keys() == {"tenant/one", "tenant/two", "a5"}
     assert place.call("compact", "--without", "tenant/three*") == 2
+
+
+def test_names_that_adapters_call_the_base_by_are_accepted_by_pattern_and_from_then_on(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        rewrite(place.adapters / f"a{number}", base_model_name_or_path=f"/scratch/job-{number}/base")
+    rewrite(place.adapters / "a3", base_model_name_or_path=None)
+    assert place.call("run") == 1
+    assert "--accept-base '/scratch/job-0/base'" in capsys.readouterr().err
+    assert place.call("run", "--accept-base", "/scratch/*", "--accept-unnamed-base") == 0
+    assert len(place.served()) == 6
+    for number, name in ((6, "/scratch/another/base"), (7, "")):
+        rewrite(place.upload(f"a{number}"), base_model_name_or_path=name)
+    assert place.call("add") == 0
+    assert place.call("compact", "--without", "a0") == 0
+    assert place.served() == {f"a{number}" for number in range(1, 8)}
