@@ -129,7 +129,11 @@ def _other_base(name: str, base: BaseModel) -> str:
     known = " or ".join(sorted(filter(None, base.accepted_names)))
     if not name:
         return f"its config names no base; if it was trained on this one ({known}), add --accept-unnamed-base"
-    return f"it was trained on {name!r}, this base is {known}; if that is the same model, add --accept-base {name!r}"
+    told = f"it was trained on {name!r}, this base is {known}"
+    if "*" in name or "--" in name or not name.isprintable():
+        return f"{told}; correct the name in its config"  # as an option it would mean more than itself
+    # For a shell, whatever the name holds.
+    return f"{told}; if that is the same model, add --accept-base '" + name.replace("'", "'\\''") + "'"
 
 
 def _read(refuse: Refuse, store: Store, key: str) -> Blob:

@@ -9,6 +9,8 @@ from cluster.adapters.record import AdapterFiles
 from cluster.bundle.manifest import Refused
 from cluster.errors import WouldDrop
 from compress_jobs.job.options import RunOptions, matching
+from compress_jobs.progress import say
+from compress_jobs.report.refusals import counts, refusal_lines
 
 _NAMED, _MESSAGE_SIZE = 5, 160
 
@@ -16,9 +18,11 @@ _NAMED, _MESSAGE_SIZE = 5, 160
 def check_refusals(asked: RunOptions, refused: Mapping[str, Refused], num_adapters: int) -> None:
     """For where nothing is published yet. Raises WouldDrop when more are refused than ``max_refused`` allows."""
     if not asked.may_refuse(len(refused), num_adapters):
+        say("\n".join(refusal_lines(refused)))
         raise WouldDrop(
-            f"{len(refused)} of {num_adapters} adapters are refused, --max-refused allows {asked.max_refused}: "
-            f"{_named(refused, refused)}; nothing was published: mend them, or go on with --max-refused {len(refused)}"
+            f"{len(refused)} of {num_adapters} adapters are refused ({counts(refused)}), --max-refused allows "
+            f"{asked.max_refused}; nothing was published: see above, mend them, or go on with "
+            f"--max-refused {len(refused)}"
         )
 
 
@@ -44,7 +48,7 @@ def check_drops(
         )
 
 
-def _named(ids: Collection[str], refused: Mapping[str, Refused], not_asked: AbstractSet[str] = frozenset()) -> str:
+def _named(ids: Collection[str], refused: Mapping[str, Refused], not_asked: AbstractSet[str]) -> str:
     def why(adapter_id: str) -> str:
         if adapter_id in refused:
             return _shorten(refused[adapter_id])

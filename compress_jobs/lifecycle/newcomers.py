@@ -30,6 +30,7 @@ from compress_jobs.lifecycle.projection import Projection, project
 from compress_jobs.lifecycle.revision import Arrival, Standing
 from compress_jobs.lifecycle.source import Source
 from compress_jobs.progress import say, track
+from compress_jobs.report.refusals import refusal_lines
 
 _AT_ONCE = 4
 """Adapters read and projected side by side; as many are held in memory."""
@@ -44,8 +45,8 @@ class Graded:
     unchanged: tuple[str, ...]
 
     def lines(self, verb: str) -> list[str]:
-        told = [f"refused    {i} ({r.reason}): {r.message}" for i, r in sorted(self.refused.items())]
-        return [f"{verb:<10} {i} {_told(arrival)}" for i, arrival in sorted(self.arrivals.items())] + told
+        arrived = [f"{verb:<10} {i} {_told(arrival)}" for i, arrival in sorted(self.arrivals.items())]
+        return arrived + refusal_lines(self.refused)
 
 
 def read_collection(source: Source, manifest: Manifest) -> tuple[BaseModel, dict[str, AdapterFiles]]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from cluster.bundle.reading import Bundle
 from cluster.errors import UnknownAdapter
+from compress_jobs.report.refusals import refusal_lines
 
 
 def show_bundle(bundle: Bundle) -> list[str]:
@@ -27,8 +28,7 @@ def show_bundle(bundle: Bundle) -> list[str]:
             f"{adapter_id:<32} {adapter.mode:<10} {adapter.cluster or '-':>7} {adapter.error:8.4f} "
             f"{adapter.error_worst_module:13.4f}  {adapter.served[7:19]}"
         )
-    lines += [f"refused   {adapter_id} ({r.reason}): {r.message}" for adapter_id, r in sorted(manifest.refused.items())]
-    return lines
+    return lines + refusal_lines(manifest.refused)
 
 
 def show_adapter(bundle: Bundle, adapter_id: str) -> list[str]:

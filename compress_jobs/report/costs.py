@@ -17,6 +17,7 @@ from compress_jobs.report.facts import (
     verdict_on_svd,
 )
 from compress_jobs.report.page import Section, count, error_text, figure, paragraph, size_text, table
+from compress_jobs.report.refusals import counts
 from compress_jobs.report.summary import ratio_text
 
 
@@ -178,9 +179,11 @@ def grades(manifest: Manifest, report: Notes) -> Section | None:
             header = ("adapter", ">rank", ">error", ">bytes", "why")
             alone = [_row_alone(manifest, adapter_id, adapter) for adapter_id, adapter in own.items()]
             body += table(f"{mode.capitalize()}: {len(own):,}", header, alone)
-    refused = [(name, refusal.reason, refusal.message) for name, refusal in sorted(manifest.refused.items())]
+    by_reason = sorted(manifest.refused.items(), key=lambda item: (item[1].reason, item[0]))
+    refused = [(name, refusal.reason, refusal.message) for name, refusal in by_reason]
     if refused:
-        body += table(f"Refused, not served: {len(refused):,}", ("adapter", "reason", "message"), refused)
+        title = f"Refused, not served: {len(refused):,} ({counts(manifest.refused)})"
+        body += table(title, ("adapter", "reason", "message"), refused)
     else:
         body += paragraph("No adapter was refused.")
     return Section("grades", "Truncated, raw and refused adapters", body)

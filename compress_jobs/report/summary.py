@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.bundle.manifest import Manifest
+from compress_jobs.report.refusals import counts, refusal_lines
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Summary:
         out = []
         if self.num_refused:
             total = self.num_adapters + self.num_refused
-            out.append(f"warning    {self.num_refused} of {total} adapters were refused and are not served: see below")
+            why = counts(manifest.refused)
+            out.append(f"warning    {self.num_refused} of {total} adapters were refused and are not served: {why}")
         out += [
             f"adapters   {self.num_adapters} served: {self.num_on_basis} on a basis, {self.num_truncated} truncated, "
             f"{self.num_raw} raw; {self.num_refused} refused",
@@ -99,8 +101,7 @@ class Summary:
             for adapter_id, adapter in sorted(manifest.adapters.items()):
                 if adapter.mode == mode:
                     out.append(f"{mode:<10} {adapter_id}: rank {adapter.rank}, error {adapter.error:.4f}")
-        for adapter_id, refused in sorted(manifest.refused.items()):
-            out.append(f"refused    {adapter_id} ({refused.reason}): {refused.message}")
+        out += refusal_lines(manifest.refused)
         out.append("seconds    " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items()))
         out.append(f"read       {self.bytes_read:,} bytes; largest task {self.peak_task_memory_bytes >> 20} MiB")
         return out

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -467,6 +468,20 @@ def test_a_base_answers_to_names_and_patterns(
         read_only_one(good.parent, base)
     else:
         assert refusal(good.parent, base).reason == "base"
+
+
+@pytest.mark.parametrize("name", ["org/it's", "$(touch x)/`id`", "a b"])
+def test_the_option_that_accepts_a_name_is_quoted_for_a_shell(good: Path, base: BaseModel, name: str) -> None:
+    edit_config(good, base_model_name_or_path=name)
+    assert shlex.split(refusal(good.parent, base).message)[-2:] == ["--accept-base", name]
+
+
+@pytest.mark.parametrize("name", ["*", "org/*", "x --accept-base *", "a\nb"])
+def test_no_option_is_offered_for_a_name_that_would_mean_more_than_itself(
+    good: Path, base: BaseModel, name: str
+) -> None:
+    edit_config(good, base_model_name_or_path=name)
+    assert refusal(good.parent, base).message.endswith("; correct the name in its config")
 
 
 def test_files_beyond_the_limits_are_refused_unread(good: Path, base: BaseModel) -> None:

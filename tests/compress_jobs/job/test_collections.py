@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -90,3 +91,15 @@ def test_names_that_adapters_call_the_base_by_are_accepted_by_pattern_and_from_t
     assert place.call("add") == 0
     assert place.call("compact", "--without", "a0") == 0
     assert place.served() == {f"a{number}" for number in range(1, 8)}
+
+
+def test_the_option_that_is_printed_accepts_all_that_it_was_printed_for(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(5):
+        rewrite(place.adapters / f"a{number}", base_model_name_or_path=f"unsloth/tiny-{number}-bnb-4bit")
+    rewrite(place.adapters / "a5", base_model_name_or_path="")
+    assert place.call("run") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("accept ")]
+    assert place.call("run", *shlex.split(line.partition("base: ")[2])) == 0
+    assert len(place.served()) == 6
