@@ -47,9 +47,9 @@ class BaseModel:
     size_bytes: int
 
     def answers_to(self, name: str) -> bool:
-        return name in self.accepted_names or any(
-            name != "" and fnmatch.fnmatchcase(name, accepted) for accepted in self.accepted_names if "*" in accepted
-        )
+        """A pattern never means no name, nor another revision (``name@revision``) than it says."""
+        patterns = [one for one in self.accepted_names if "*" in one and ("@" in one or "@" not in name)]
+        return name in self.accepted_names or any(name and fnmatch.fnmatchcase(name, one) for one in patterns)
 
 
 def read_base(address: str, *, name: str | None = None, accept: Iterable[str] = ()) -> BaseModel:
@@ -70,7 +70,7 @@ def read_base(address: str, *, name: str | None = None, accept: Iterable[str] = 
     modules = {
         tensor.removesuffix(".weight"): ModuleShape(*place.shape)
         for tensor, place in sorted(tensors.items(), key=lambda item: _model_order(item[0]))
-        if tensor.endswith(".weight") and len(place.shape) == 2 and tensor.split(".")[-2] not in _TABLES
+        if tensor.endswith(".weight") and len(place.shape) == 2 and not _is_table(tensor)
     }
     if not modules:
         raise BaseModelError(f"base model {address}: no linear layer in its safetensors files")
@@ -103,8 +103,7 @@ def _read_config(store: Store) -> dict[str, Any]:
 
 
 def _read_headers(store: Store) -> tuple[dict[str, TensorPlace], int]:
-    # Only at the top: sub-folders hold other things (original checkpoints, adapters).
-    sizes = {entry.key: entry.size_bytes for entry in store.list() if "/" not in entry.key}
+    sizes = {entry.key: entry.size_bytes for entry in store.list()}
     tensors: dict[str, TensorPlace] = {}
     size_bytes = 0
     for key, names in _weights_files(store, sizes).items():
@@ -114,7 +113,8 @@ def _read_headers(store: Store) -> tuple[dict[str, TensorPlace], int]:
             what = mistaken_for(store.read_range(key, 0, min(sizes[key], 512)))
             problem = f"it is {what}" if what else f"{error}; download it again"
             raise BaseModelError(f"base model {store.uri}/{key}: {problem}") from None
-        if names and (lacking := sorted(names - found.keys())):
+        # The index may name a table that is tied to another and not stored.
+        if lacking := sorted(tensor for tensor in names - found.keys() if not _is_table(tensor)):
             raise BaseModelError(
                 f"base model {store.uri}/{key}: it lacks {len(lacking)} tensors that {_INDEX} says are in it, such as "
                 f"{shorten(lacking[0])}; download the model again"
@@ -130,7 +130,9 @@ def _weights_files(store: Store, sizes: Mapping[str, int]) -> dict[str, set[str]
     if "model.safetensors" in sizes:
         return {"model.safetensors": set()}
     if _INDEX not in sizes:
-        files = [key for key in sizes if key.endswith(".safetensors") and not key.startswith("adapter_")]
+        # Only at the top: sub-folders hold other things (original checkpoints, adapters).
+        top = [key for key in sizes if "/" not in key]
+        files = [key for key in top if key.endswith(".safetensors") and not key.startswith("adapter_")]
         if not files:
             raise BaseModelError(
                 f"base model {store.uri}: no .safetensors file there; convert the weights to safetensors"
@@ -160,6 +162,10 @@ def _fingerprint(config: dict[str, Any], tensors: dict[str, TensorPlace]) -> str
     kept = {key: value for key, value in config.items() if key not in _VOLATILE_KEYS}
     headers = {tensor: [place.dtype, list(place.shape)] for tensor, place in tensors.items()}
     return "sha256:" + hashlib.sha256(canonical_json([kept, headers])).hexdigest()
+
+
+def _is_table(tensor: str) -> bool:
+    return tensor.split(".")[-2:-1] in ([table] for table in _TABLES)
 
 
 def _model_order(tensor: str) -> list[tuple[int, str]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from cluster.adapters.base import BaseModel
 from cluster.adapters.config import AdapterConfig
-from cluster.adapters.listing import WEIGHTS_FILE
+from cluster.adapters.listing import WEIGHTS_FILE, printable
 from cluster.adapters.tensor_file import DTYPES, TensorPlace
 from cluster.errors import AdapterRefused
 
@@ -18,6 +18,8 @@ _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 # What torch.compile, FSDP, activation checkpointing and DDP put into the names of what they wrap.
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_OUTER = re.compile(r"^(module\.|base_model\.model\.)*")
+_LORA = re.compile(r"\.lora_[AB](\.default)?\.weight$")
 _DEFAULT = re.compile(r"\.lora_([AB])\.default\.weight")
 # What else PEFT writes into the file, by the reason it is refused for; the first that matches counts.
 _FOREIGN_TENSORS = (
@@ -31,7 +33,7 @@ _FOREIGN_TENSORS = (
     (re.compile(r"lora_[AB]\.bias"), "lora-bias", "a bias of a LoRA factor"),
     (re.compile(r"\.bias$"), "bias", "a trained bias"),
     (
-        re.compile(r"\.lora_[AB]\.[^.]+\.weight$"),
+        re.compile(r"lora_[AB](\.[^.]+)?\.weight$"),
         "unknown-tensor",
         "a factor as the model holds it, not as PEFT's save_pretrained writes it",
     ),
@@ -61,7 +63,7 @@ class Refuse:
         # Names and numbers of the file stand in it, and the message goes into the manifest.
         if len(message) > _MAX_MESSAGE_SIZE:
             message = message[:_MAX_MESSAGE_SIZE] + "..."
-        message = message.encode(errors="backslashreplace").decode()
+        message = printable(message)
         return AdapterRefused(self.adapter_id, reason, message)
 
 
@@ -79,10 +81,23 @@ def plain_names(refuse: Refuse, names: Iterable[str], base: BaseModel) -> dict[s
 def _plain_name(name: str, base: BaseModel) -> str:
     if _is_of(name, base):
         return name
-    inner = _DEFAULT.sub(r".lora_\1.weight", _WRAPPERS.sub("", name))
-    inner = inner.removeprefix("module.").removeprefix("base_model.model.").removeprefix("module.")
+    inner = _OUTER.sub("", _DEFAULT.sub(r".lora_\1.weight", _WRAPPERS.sub("", name)))
     plain = f"base_model.model.{inner}"
     return plain if _is_of(plain, base) else name
+
+
+def check_patterns(refuse: Refuse, names: Mapping[str, str], config: AdapterConfig) -> None:
+    """PEFT matched the patterns with the names that the model had in training: with the wrapper's or, where it was
+    wrapped later, without. They must mean the same."""
+    for name, plain in names.items():
+        if name != plain:
+            written, module = (_LORA.sub("", n).removeprefix("base_model.model.") for n in (name, plain))
+            if (config.scale(written), config.rank(written)) != (config.scale(module), config.rank(module)):
+                raise refuse(
+                    "pattern",
+                    f"rank_pattern or alpha_pattern mean another thing for {written!r}, as the file has it, than for "
+                    f"{module!r}; save the adapter from the model without its wrapper",
+                )
 
 
 def _is_of(name: str, base: BaseModel) -> bool:

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from cluster.adapters.base import BaseModel
-from cluster.adapters.checks import Refuse, check_id, paired_places, plain_names, tensor_name
+from cluster.adapters.checks import Refuse, check_id, check_patterns, paired_places, plain_names, tensor_name
 from cluster.adapters.config import parse_adapter_config
 from cluster.adapters.factors import Factors, factored_energy
 from cluster.adapters.listing import CONFIG_FILE, WEIGHTS_FILE
@@ -61,6 +61,7 @@ def read_adapter(store: Store, files: AdapterFiles, base: BaseModel) -> tuple[Ad
         raise refuse("corrupt", f"{files.weights.key} is not valid safetensors ({error})") from None
 
     names = plain_names(refuse, places, base)
+    check_patterns(refuse, names, config)
     places = {names[name]: place for name, place in places.items()}
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
     modules, factors = {}, {}

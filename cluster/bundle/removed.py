@@ -11,7 +11,7 @@ between.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 
 from cluster.errors import BundleError, PublishConflict, StoreConflict, StoreMissing
@@ -30,13 +30,13 @@ def read_removed(store: Store, served: Collection[str] = ()) -> dict[str, str]:
 
 def note_removed(store: Store, ids: Collection[str]) -> None:
     """Before the revision without them is published. Raises PublishConflict when others change it all the time."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
     _change(store, lambda removed: removed | dict.fromkeys(ids, now))
 
 
-def forget_removed(store: Store, ids: Collection[str]) -> None:
-    """Of adapters that are served again. Does nothing where none of them is noted."""
-    _change(store, lambda removed: {i: when for i, when in removed.items() if i not in ids})
+def forget_removed(store: Store, notes: Mapping[str, str]) -> None:
+    """Of adapters that are served again: these notes, as they were read, and none that was written since."""
+    _change(store, lambda removed: {i: when for i, when in removed.items() if notes.get(i) != when})
 
 
 def _read(store: Store) -> tuple[dict[str, str], str | None]:
@@ -48,7 +48,9 @@ def _read(store: Store) -> tuple[dict[str, str], str | None]:
         removed = json.loads(blob.data)
     except (ValueError, RecursionError):
         removed = None
-    if not isinstance(removed, dict) or not all(isinstance(when, str) for when in removed.values()):
+    if not isinstance(removed, dict) or not all(
+        isinstance(text, str) and text.isprintable() for text in (*removed, *removed.values())
+    ):
         raise BundleError(
             f"{store.uri}/{KEY} is {blob.data[:80]!r}, expected adapter ids with the times they were removed, as JSON; "
             "correct it, or delete it: what was removed may come back then"

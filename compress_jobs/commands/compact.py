@@ -7,8 +7,9 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from cluster.bundle.removed import note_removed
+from cluster.bundle.removed import note_removed, read_removed
 from cluster.compression.methods import METHODS
+from cluster.errors import PublishConflict
 from compress_jobs.commands.drops import ALLOW_DROP, drops_allowed
 from compress_jobs.job.options import RunOptions, accepted_names, matching
 from compress_jobs.lifecycle.compact import Drift, refit_options
@@ -96,7 +97,9 @@ def _execute(parsed: argparse.Namespace) -> int:
 
     job = prepare(options)
     tasks.connect(options)
-    note_removed(standing.store, matching(manifest.adapters, parsed.without))
+    if job.seen_current != standing.seen_current:
+        raise PublishConflict(f"{options.out}: CURRENT has moved meanwhile; nothing was changed, compact again")
+    note_removed(standing.store, matching(options.without, parsed.without) - job.notes.keys())
     outcome = run(job)
     if outcome.summary is None:
         print(f"unchanged  {outcome.manifest.bundle} is what a refit gives; nothing was written")
@@ -110,7 +113,12 @@ def _execute(parsed: argparse.Namespace) -> int:
 
 def _told(standing: Standing, options: RunOptions, without: Collection[str]) -> list[str]:
     lines, asked = [], matching(options.without, without)
-    if others := sorted(set(options.without) - asked):
+    removed = read_removed(standing.store).keys() & set(options.without) - asked
+    if removed:
+        lines.append(
+            f"left out   {' '.join(sorted(removed))}: removed; `run` or `add` with --restore takes one up again"
+        )
+    if others := sorted(set(options.without) - asked - removed):
         lines.append(f"left out   {len(others)} folders that are not served, such as {others[0]}: `add` takes them up")
     if asked:
         lines.append(

@@ -11,7 +11,7 @@ from compress_jobs.lifecycle.rollback import roll_back
 _ROLLBACK = """\
 Move CURRENT to its revision's parent, or to the revision named, after checking that everything it needs is there.
 Nothing is deleted: `rollback --to` moves forward again, until `gc` deletes what is not kept. What was removed since is
-served again, and says so; what was added since would no longer be, and is only dropped with --allow-drop.
+served again, and says so; what is served and the other revision lacks is only dropped with --allow-drop.
 """
 
 

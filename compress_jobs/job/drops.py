@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 
 from cluster.adapters.record import AdapterFiles
 from cluster.bundle.manifest import Refused
-from cluster.errors import WouldDrop
+from cluster.errors import AdapterRefused, WouldDrop
 from compress_jobs.job.options import RunOptions, matching
 from compress_jobs.progress import say
 from compress_jobs.report.refusals import counts, refusal_lines
@@ -16,7 +16,7 @@ _NAMED, _MESSAGE_SIZE = 5, 160
 
 
 def check_refusals(asked: RunOptions, refused: Mapping[str, Refused], num_adapters: int) -> None:
-    """For where nothing is published yet. Raises WouldDrop when more are refused than ``max_refused`` allows."""
+    """For where nothing is served yet. Raises WouldDrop when more are refused than ``max_refused`` allows."""
     if not asked.may_refuse(len(refused), num_adapters):
         say("\n".join(refusal_lines(refused)))
         raise WouldDrop(
@@ -24,6 +24,13 @@ def check_refusals(asked: RunOptions, refused: Mapping[str, Refused], num_adapte
             f"{asked.max_refused}; nothing was published: see above, mend them, or go on with "
             f"--max-refused {len(refused)}"
         )
+
+
+def check_restored(asked: RunOptions, refused: Mapping[str, Refused]) -> None:
+    """Raises AdapterRefused where one that was asked for by id is refused."""
+    for adapter_id in asked.restore:
+        if adapter_id in refused:
+            raise AdapterRefused(adapter_id, refused[adapter_id].reason, refused[adapter_id].message)
 
 
 def check_drops(

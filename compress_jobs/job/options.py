@@ -107,18 +107,19 @@ class RunOptions:
         need(self.isolate in isolations, "isolate", f"is {self.isolate!r}", f"expected {' or '.join(ISOLATIONS)}")
         need(self.dtype in DTYPES, "dtype", f"is {self.dtype!r}", f"expected one of {', '.join(DTYPES)}")
         need(
-            re.fullmatch(r"[0-9]+", self.allow_drop) is not None or self.allow_drop == ALL,
+            re.fullmatch(r"[0-9]{1,9}", self.allow_drop) is not None or self.allow_drop == ALL,
             "allow-drop",
             f"is {self.allow_drop!r}",
             "expected a number or all",
         )
-        refusable = re.fullmatch(r"([0-9]+)(%?)", self.max_refused)
+        refusable = re.fullmatch(r"([0-9]{1,9})(%?)", self.max_refused)
         need(
             refusable is not None and (not refusable[2] or int(refusable[1]) <= 100),
             "max-refused",
             f"is {self.max_refused!r}",
             "expected a number, or a share such as 10%",
         )
+        accepted_names(self.accept_base, self.accept_unnamed_base)
         need(0 < self.gate <= 1, "gate", f"is {self.gate}", "expected a squared relative error above 0, at most 1")
         need(0 <= self.seed < 2**31, "seed", f"is {self.seed}", "expected 0 to 2147483647")
         need(self.num_cpus >= 0, "num-cpus", f"is {self.num_cpus}", "expected 0 or more")
@@ -175,8 +176,12 @@ class RunOptions:
 
 
 def accepted_names(accept_base: Iterable[str], accept_unnamed_base: bool) -> tuple[str, ...]:
-    """As ``read_base`` takes them and the manifest keeps them."""
-    return (*accept_base, *([""] if accept_unnamed_base else []))
+    """As ``read_base`` takes them and the manifest keeps them. Raises ConfigError."""
+    names = tuple(accept_base)
+    need(
+        "" not in names, "accept-base", "is empty", "expected a name; --accept-unnamed-base is for configs without one"
+    )
+    return (*names, *([""] if accept_unnamed_base else []))
 
 
 def matching(ids: Iterable[str], patterns: Collection[str]) -> set[str]:

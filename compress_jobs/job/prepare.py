@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cluster.adapters.base import read_base
-from cluster.adapters.listing import list_adapters, own_folders
+from cluster.adapters.listing import list_collection, own_folders
 from cluster.adapters.record import AdapterFiles
 from cluster.bundle.removed import read_removed
 from cluster.bundle.revisions import Current, read_current, read_manifest
@@ -26,13 +26,15 @@ _SAMPLED_PER_KIND, _SAMPLED_OF_MANY, _MANY = 3, 1, 256
 @dataclass(frozen=True)
 class Job:
     """A run that can begin. ``context`` has the options as they were asked; ``seen_current`` is CURRENT's ETag, None
-    where nothing is published; ``served`` are the adapters of its revision."""
+    where nothing is published; ``served`` are the adapters of its revision; ``notes`` tell which adapters were removed
+    when, those that are served again among them."""
 
     context: JobContext
     store: Store
     folders: list[AdapterFiles]
     seen_current: str | None
     served: frozenset[str]
+    notes: dict[str, str]
 
     @property
     def asked(self) -> RunOptions:
@@ -53,31 +55,37 @@ def prepare(options: RunOptions) -> Job:
     store.check_conditional_writes()
     current = read_current(store)
     served = _served(store, current[0]) if current else frozenset()
-    folders = _without_removed(options, _list_folders(context, served), read_removed(store, served))
+    notes = read_removed(store)
+    removed = {adapter_id: when for adapter_id, when in notes.items() if adapter_id not in served}
+    folders = _without_removed(options, _list_folders(context, served, removed), removed, served)
     say(f"{len(folders)} adapters in {options.adapters}")
     check_drops(options, served, folders, {files.adapter_id for files in folders})
     per_kind = _SAMPLED_PER_KIND if len(folders) < _MANY else _SAMPLED_OF_MANY
     sampled = tuple(sample_modules(list(base.modules), per_kind))
     context = replace(context, job_id=job_id(options, base, folders), sampled=sampled)
-    return Job(context, store, folders, current[1] if current else None, served)
+    return Job(context, store, folders, current[1] if current else None, served, notes)
 
 
 def _served(store: Store, current: Current) -> frozenset[str]:
     """Of a revision that cannot be read nothing is served: a run mends that."""
     try:
         return frozenset(read_manifest(store, current.bundle, current.revision).adapters)
-    except (StoreMissing, BundleError):
+    except (StoreMissing, BundleError) as error:
+        say(f"what is served cannot be told, so nothing keeps it from being dropped: {error}")
         return frozenset()
 
 
 def _without_removed(
-    options: RunOptions, folders: list[AdapterFiles], removed: Mapping[str, str]
+    options: RunOptions, folders: list[AdapterFiles], removed: Mapping[str, str], served: frozenset[str]
 ) -> list[AdapterFiles]:
-    """``removed``: adapter id -> when. Those to be restored are no longer removed."""
+    """``removed``: adapter id -> when. Those to be restored are no longer removed; one may be served by now, where the
+    same line is started again."""
     for adapter_id in options.restore:
-        if adapter_id not in removed:
+        if adapter_id not in removed.keys() | served:
             known = ", ".join(sorted(removed)) or "none is"
             raise ConfigError(f"--restore {adapter_id}: it is not among those that were removed ({known})")
+        if adapter_id not in {files.adapter_id for files in folders}:
+            raise ConfigError(f"--restore {adapter_id}: no such folder in {options.adapters}")
     kept = [files for files in folders if files.adapter_id not in removed or files.adapter_id in options.restore]
     for files in folders:
         if files not in kept:
@@ -90,20 +98,16 @@ def _without_removed(
     return kept
 
 
-def _list_folders(context: JobContext, served: frozenset[str]) -> list[AdapterFiles]:
+def _list_folders(context: JobContext, served: frozenset[str], removed: Mapping[str, str]) -> list[AdapterFiles]:
     options = context.options
-    try:
-        listed = list_adapters(context.adapters())
-    except StoreMissing as error:
-        raise StoreMissing(f"--adapters: {error}") from None
-    folders, within = own_folders(listed, served, options.checkpoints)
+    folders, within = own_folders(list_collection(options.adapters), served.union(options.restore), options.checkpoints)
     if within:
         say(f"left out {len(within)} folders within adapters' folders, such as {within[0]}: --checkpoints takes them")
     for option, patterns in (("only", options.only), ("without", options.without)):
         for pattern in patterns:
-            if not matching({files.adapter_id for files in folders} | served, (pattern,)):
+            if not matching({files.adapter_id for files in folders} | served | removed.keys(), (pattern,)):
                 raise ConfigError(f"--{option} {pattern}: no such adapter in {options.adapters}")
     folders = [files for files in folders if options.takes(files.adapter_id)]
     if not folders:
-        raise ConfigError(f"--adapters {options.adapters}: no adapter there; expected folders with adapter_config.json")
+        raise ConfigError(f"--adapters {options.adapters}: --only and --without leave no adapter")
     return folders

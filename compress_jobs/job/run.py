@@ -17,7 +17,7 @@ from compress_jobs.job.assemble import assemble_all
 from compress_jobs.job.choose import as_asked, choose, confirm_or_take_next
 from compress_jobs.job.cluster import cluster_all
 from compress_jobs.job.costs import Costs
-from compress_jobs.job.drops import check_drops, check_refusals
+from compress_jobs.job.drops import check_drops, check_refusals, check_restored
 from compress_jobs.job.fit import fit_all
 from compress_jobs.job.grade import grade
 from compress_jobs.job.inspect import Collection, inspect_all
@@ -50,6 +50,8 @@ def run(job: Job) -> Outcome:
         _clean_up(job)  # started again it would end the same way
         raise
     _clean_up(job)
+    served_again = {i: when for i, when in job.notes.items() if i in outcome.manifest.adapters}
+    forget_removed(job.store, served_again)
     return outcome
 
 
@@ -57,10 +59,12 @@ def _run(job: Job) -> Outcome:
     costs = Costs()
     with costs.phase("inspect"):
         collection = inspect_all(job)
+    check_restored(job.asked, collection.refused)
     if (published := _already_published(job, collection)) is not None:
+        _say_unrecorded(job, published)
         return Outcome(published, None)
     costs.bytes_read += collection.bytes_read
-    if job.seen_current is None:
+    if not job.served:
         check_refusals(job.asked, collection.refused, len(job.folders))
     check_drops(job.asked, job.served, job.folders, collection.records.keys(), collection.refused)
     try:
@@ -101,8 +105,13 @@ def _publish(job: Job, done: Compressed, costs: Costs) -> Outcome:
     manifest = publish(job.store, manifest, summary.to_json(), job.seen_current)
     page = render(manifest, asdict(summary))
     job.store.write(revision_key(manifest.bundle, manifest.revision, "report.html"), page.encode())
-    forget_removed(job.store, manifest.adapters.keys())
     return Outcome(manifest, summary)
+
+
+def _say_unrecorded(job: Job, published: Manifest) -> None:
+    recorded = {published.base.name, *published.base.accepted}
+    for name in sorted(job.context.base.accepted_names - recorded - {""}):
+        say(f"--accept-base {name} is not recorded, for nothing has changed: give it to `add` too")
 
 
 def _already_published(job: Job, collection: Collection) -> Manifest | None:

@@ -23,8 +23,9 @@ def add_adapters(source: Source) -> list[str]:
     need_known(
         source.ids, folders.keys() - served.keys(), "--adapter", "served already; `update` takes up a new source"
     )
-    removed = read_removed(standing.store, served)
-    need_known(source.restore, removed, "--restore", "not among those that were removed")
+    notes = read_removed(standing.store)
+    removed = {i: when for i, when in notes.items() if i not in served}
+    need_known(source.restore, removed.keys() | served.keys(), "--restore", "not among those that were removed")
     need_known(source.restore, folders, "--restore", f"no such folder in {source.adapters}")
     left_out = removed.keys() - set(source.restore)
     need_known(source.ids, folders.keys() - left_out, "--adapter", "it was removed; --restore brings it back")
@@ -41,7 +42,7 @@ def add_adapters(source: Source) -> list[str]:
         return [*lines, _nothing(standing, "nothing to add")]
     manifest = next_revision(standing, (), graded.arrivals, graded.refused, base.modules, source.accept_base)
     lines += publish_next(standing, manifest, "add", began)
-    forget_removed(standing.store, graded.arrivals.keys())
+    forget_removed(standing.store, {i: when for i, when in notes.items() if i in graded.arrivals})
     return lines
 
 

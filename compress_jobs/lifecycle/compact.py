@@ -8,10 +8,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.adapters.listing import list_adapters, own_folders
+from cluster.adapters.listing import list_collection, own_folders
 from cluster.bundle.manifest import Adapter, Manifest
-from cluster.errors import StoreMissing
-from cluster.store.address import open_store
+from cluster.bundle.removed import read_removed
 from compress_jobs.job.options import ALL, RunOptions, matching
 from compress_jobs.lifecycle.revision import Standing
 from compress_jobs.lifecycle.source import need_known
@@ -85,15 +84,12 @@ def refit_options(
     collection.
     """
     manifest, method = standing.manifest, standing.manifest.method
-    try:
-        listed = list_adapters(open_store(adapters))
-    except StoreMissing as error:
-        raise StoreMissing(f"--adapters: {error}") from None
-    own, _ = own_folders(listed, manifest.adapters, checkpoints=False)
+    own, _ = own_folders(list_collection(adapters), manifest.adapters, checkpoints=False)
     folders = {files.adapter_id for files in own}
-    known = folders | manifest.adapters.keys()
+    removed = read_removed(standing.store)
+    known = folders | manifest.adapters.keys() | removed.keys()
     unknown = [pattern for pattern in without if not matching(known, (pattern,))]
-    need_known(unknown, (), "--without", f"neither served nor in {adapters}")
+    need_known(unknown, (), "--without", f"neither served nor removed nor in {adapters}")
     kept = manifest.adapters.keys() - matching(known, without)
     left_out = (folders - manifest.adapters.keys() - manifest.refused.keys()) | matching(known, without)
     names = {*manifest.base.accepted, *accept_base}

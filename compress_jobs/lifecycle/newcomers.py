@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.adapters.base import BaseModel, read_base
 from cluster.adapters.factors import Factors
-from cluster.adapters.listing import list_adapters, own_folders
+from cluster.adapters.listing import list_collection, own_folders
 from cluster.adapters.reading import read_adapter
 from cluster.adapters.record import AdapterFiles, AdapterRecord
 from cluster.bundle.manifest import Manifest, Refused, tenant_of
@@ -58,13 +58,10 @@ def read_collection(source: Source, manifest: Manifest) -> tuple[BaseModel, dict
             f"--base {source.base}: its fingerprint is {base.fingerprint[:19]}..., the bundle stands on "
             f"{manifest.base.name} ({manifest.base.fingerprint[:19]}...); give that model's folder"
         )
-    try:
-        listed = list_adapters(open_store(source.adapters))
-    except StoreMissing as error:
-        raise StoreMissing(f"--adapters: {error}") from None
-    folders, within = own_folders(listed, manifest.adapters, source.checkpoints)
+    known = {*manifest.adapters, *source.ids, *source.restore}
+    folders, within = own_folders(list_collection(source.adapters), known, source.checkpoints)
     if within:
-        say(f"left out {len(within)} folders within adapters' folders, such as {within[0]}")
+        say(f"left out {len(within)} folders within adapters' folders, such as {within[0]}: --checkpoints takes them")
     return base, {files.adapter_id: files for files in folders}
 
 
@@ -103,7 +100,7 @@ def grade(source: Source, standing: Standing, base: BaseModel, folders: Collecti
                 refusals.append(result)
             else:
                 unchanged.append(files.adapter_id)
-    if source.ids and refusals and not graded.arrivals:
+    if (source.ids or source.restore) and refusals and not graded.arrivals:
         raise refusals[0]
     return Graded(graded.arrivals, graded.refused, tuple(unchanged))
 

@@ -15,7 +15,7 @@ import torch
 
 from cluster.adapters.base import read_base
 from cluster.adapters.factors import Factors, factored_energy
-from cluster.adapters.listing import list_adapters, own_folders
+from cluster.adapters.listing import list_collection, own_folders
 from cluster.adapters.reading import read_adapter
 from cluster.compression.balanced import Labels
 from cluster.compression.clustering import assign
@@ -67,7 +67,7 @@ def read_collection(address: str, base: str) -> Collection:
     """Every adapter that can be accepted; the others are named on stderr. Raises ConfigError when there is none."""
     described, store = read_base(base), open_store(address)
     adapters: dict[str, dict[str, Factors]] = {}
-    folders, within = own_folders(list_adapters(store), (), checkpoints=False)
+    folders, within = own_folders(list_collection(address), (), checkpoints=False)
     if within:
         say(f"left out {len(within)} folders within adapters' folders, such as {within[0]}")
     for files in folders:

@@ -10,7 +10,7 @@ import torch
 
 from cluster.adapters.base import read_base
 from cluster.adapters.factors import Factors
-from cluster.adapters.listing import list_adapters
+from cluster.adapters.listing import list_collection
 from cluster.adapters.reading import read_adapter
 from cluster.bundle.export import served_factors
 from cluster.bundle.reading import Bundle
@@ -92,7 +92,7 @@ def _read_originals(
         raise ConfigError(f"--base {base}: another model than the bundle's base {manifest.base.name}; give that one")
     store = open_store(adapters)
     originals = {}
-    for files in list_adapters(store):
+    for files in list_collection(adapters):
         if files.adapter_id in manifest.adapters:
             try:
                 record, factors = read_adapter(store, files, described)

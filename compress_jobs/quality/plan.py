@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cluster.adapters.base import BaseModel
-from cluster.adapters.listing import list_adapters, own_folders
+from cluster.adapters.listing import list_collection, own_folders
 from cluster.adapters.record import AdapterFiles
 from cluster.errors import ConfigError
 from cluster.store.address import open_store
@@ -108,11 +108,9 @@ def plan(
             f"{gib(base.size_bytes)}; give a larger device"
         )
     store = open_store(adapters)
-    folders, within = own_folders(list_adapters(store), (), checkpoints)
+    folders, within = own_folders(list_collection(adapters), (), checkpoints)
     if within:
         say(f"left out {len(within)} folders within adapters' folders, such as {within[0]}: --checkpoints takes them")
-    if not folders:
-        raise ConfigError(f"--adapters {adapters}: no adapter there; expected folders with adapter_config.json")
     torch.set_num_threads(1)  # as the job's tasks do, so that the seconds are a core's
     sampled = read_sample(store, folders, base, sample_size, seed)
     rows = estimate(sampled, base, _to_serve(sampled, len(folders)), usable, num_cpus, seed)

@@ -257,6 +257,26 @@ def test_a_second_copy_of_the_weights_in_another_layout_does_not_count(tmp_path:
     assert read_base(str(folder)) == before
 
 
+def test_an_index_may_name_a_tied_head_that_is_not_stored(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "tied", shard_size="20KB", tie_word_embeddings=True)
+    before, index = read_base(str(folder)), folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = content["weight_map"]["model.embed_tokens.weight"]
+    index.write_text(json.dumps(content))
+    assert read_base(str(folder)) == before
+
+
+def test_an_index_may_name_files_in_a_folder(sharded: Path) -> None:
+    before, index = read_base(str(sharded)), sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    (sharded / "weights").mkdir()
+    for shard in set(content["weight_map"].values()):
+        (sharded / shard).rename(sharded / "weights" / shard)
+    content["weight_map"] = {tensor: f"weights/{shard}" for tensor, shard in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    assert read_base(str(sharded)) == before
+
+
 def test_pointers_in_place_of_files_are_called_what_they_are(folder: Path) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     for name in ("model.safetensors", "config.json"):

@@ -406,6 +406,8 @@ def test_a_file_without_tensors_says_what_makes_such_files(good: Path, base: Bas
         (r"^base_model\.model\.", r"module.base_model.model."),
         (r"^base_model\.model\.", r"base_model.model.module."),
         (r"^base_model\.model\.", r""),
+        (r"^base_model\.model\.", r"module.module."),
+        (r"^base_model\.model\.", r"module._orig_mod.module.base_model.model."),
         (r"\.self_attn\.", r"._fsdp_wrapped_module.self_attn._checkpoint_wrapped_module."),
     ],
 )
@@ -421,6 +423,31 @@ def test_a_wrappers_names_are_the_same_adapter(good: Path, base: BaseModel, patt
     assert all(torch.equal(a, b) for m in factors for a, b in zip(found[m], factors[m], strict=True))
     again = read_modules(open_store(str(good.parent)), record, list(factors))
     assert all(torch.equal(a, b) for m in factors for a, b in zip(again[m], factors[m], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "key", ["model.layers.0._orig_mod.self_attn.q_proj", r"layers\.\d+\._orig_mod\.self_attn\.q_proj"]
+)
+def test_a_pattern_that_means_the_wrapped_name_is_refused_and_not_passed_over(
+    tmp_path: Path, base: BaseModel, key: str
+) -> None:
+    model = make_model()
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = torch.compile(layer)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], alpha_pattern={key: 64})
+    trained = get_peft_model(model, config)
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    assert trained.get_submodule("base_model.model.model.layers.0._orig_mod.self_attn.q_proj").scaling == {
+        "default": 32
+    }
+    trained.save_pretrained(tmp_path / "one")
+    edit_config(tmp_path / "one", base_model_name_or_path=NAME)
+    error = refusal(tmp_path, base)
+    assert error.reason == "pattern"
+    assert "alpha_pattern" in error.message
 
 
 def test_one_factor_under_two_names_is_refused(good: Path, base: BaseModel) -> None:
@@ -455,6 +482,8 @@ def test_a_factor_of_an_adapter_by_another_name_is_refused_for_what_it_is(good: 
         ("", "", True),
         (None, "", True),
         ("org/other", "", False),
+        ("org/other@v2", "org/*", False),
+        ("org/other@v2", "org/*@v2", True),
     ],
 )
 def test_a_base_answers_to_names_and_patterns(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 
+from compress_jobs.job import tasks
 from tests.support.jobs import rewrite
 from tests.support.place import Place
 
@@ -50,6 +53,14 @@ def test_an_adapter_file_at_the_top_of_the_collection_hides_no_adapter(place: Pl
     (place.adapters / "adapter_config.json").write_text("{}")
     assert place.call("run", "--max-refused", "1") == 0
     assert place.served() == {"a0", "a1", "a2", "a3", "a4", "a5"}
+
+
+@pytest.mark.parametrize("stray", ["adapters.npz", "adapter_model.bin"])
+def test_a_stray_file_in_a_tenants_folder_hides_no_adapter_of_it(place: Place, stray: str) -> None:
+    place.upload("a6", to="tenant/one")
+    (place.adapters / "tenant" / stray).touch()
+    assert place.call("run", "--max-refused", "1") == 0
+    assert "tenant/one" in place.served()
 
 
 def test_only_and_without_take_patterns(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,3 +114,49 @@ def test_the_option_that_is_printed_accepts_all_that_it_was_printed_for(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("accept ")]
     assert place.call("run", *shlex.split(line.partition("base: ")[2])) == 0
     assert len(place.served()) == 6
+
+
+@pytest.fixture(scope="module")
+def published(generated: Path, tmp_path_factory: pytest.TempPathFactory, ray_for_jobs: None) -> Path:
+    """Where a `Place` of two adapters is published. Never to be changed."""
+    root = tmp_path_factory.mktemp("published")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tasks, "connect", lambda _: None)
+        assert Place(generated, root, 2).call("run") == 0
+    return root
+
+
+@pytest.mark.parametrize("command", ["run", "add", "update", "compact"])
+@pytest.mark.parametrize(
+    ("adapters", "seen"),
+    [
+        ("nowhere", "No such file"),
+        ("a-file", "Not a directory"),
+        ("empty", "no adapter there"),
+        ("adapters/a0", "it is an adapter's own folder; give the folder above it"),
+        ("trained", "it is an adapter's own folder; give the folder above it"),
+    ],
+)
+def test_what_is_no_collection_is_told_by_one_exit_code(
+    published: Path,
+    generated: Path,
+    tmp_path: Path,
+    command: str,
+    adapters: str,
+    seen: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a-file").touch()
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(generated / "adapters" / "a0", tmp_path / "trained")
+    shutil.copytree(generated / "adapters" / "a1", tmp_path / "trained" / "checkpoint-20")
+    (tmp_path / "adapters").symlink_to(generated / "adapters")
+    place = Place(generated, published, 0)
+    before = place.current()
+    place.adapters = tmp_path / adapters
+    assert place.call(command, *(["--drift", "-1"] if command == "compact" else [])) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("python -m compress_jobs: --adapters")
+    assert str(tmp_path / adapters) in last
+    assert seen in last
+    assert place.current() == before

@@ -15,7 +15,7 @@ import pytest
 
 from cluster.bundle import publish as publishing
 from cluster.bundle.reading import Bundle
-from cluster.bundle.removed import forget_removed
+from cluster.bundle.removed import forget_removed, read_removed
 from cluster.bundle.revisions import manifest_key, object_key
 from cluster.errors import BundleError, CtsError, PublishConflict, StoreMissing
 from cluster.store.address import open_store
@@ -245,7 +245,7 @@ def aged(written: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFact
     add(out, written)
     orphaned = Bundle.open(str(out)).manifest
     remove_adapters(str(out), ["country-fr"])
-    forget_removed(open_store(str(out)), ["country-fr"])
+    forget_removed(open_store(str(out)), read_removed(open_store(str(out))))
     (out / manifest_key(orphaned.bundle, orphaned.revision)).unlink()
     make_older(out, 5 * DAY_S)
     return out

@@ -379,7 +379,7 @@ def test_rollback_moves_current_back_for_who_pins_the_bundle_too(
         assert Bundle.open(address).manifest == first
     assert "has no parent" in call("rollback", status=2)
     assert "no revision 7" in call("rollback", "--to", "7", status=2)
-    call("rollback", "--to", "1")
+    call("rollback", "--to", "1", "--allow-drop", "1")
     assert Bundle.open(str(out)).manifest == second
     # The next change stands on CURRENT's revision, under a number never used before.
     call("rollback")
@@ -455,7 +455,7 @@ def test_compact_without_an_adapter_is_a_run_over_a_collection_that_never_had_it
     call("add")
     call("remove", "--adapter", "first-letter")
     printed = call("compact", "--without", "opt-roman", "city-country")
-    assert "left out   1 folders that are not served, such as first-letter" in printed
+    assert "left out   first-letter: removed; `run` or `add` with --restore" in printed
     assert "city-country opt-roman: never read" in printed
 
     for gone in ("first-letter", "city-country", "opt-roman"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -23,9 +22,13 @@ from hypothesis.stateful import (
 )
 
 from cluster.bundle.reading import Bundle
+from cluster.bundle.removed import note_removed
 from cluster.errors import StoreMissing
+from cluster.store.address import open_store
+from compress_jobs.job import prepare as preparing
 from compress_jobs.job import run as job
 from compress_jobs.job import tasks
+from compress_jobs.job.options import RunOptions
 from compress_jobs.lifecycle.remove import remove_adapters
 from tests.support.jobs import rewrite
 from tests.support.place import Place
@@ -216,6 +219,112 @@ def test_of_a_run_and_a_removal_at_once_the_removal_is_not_undone(
     assert place.served() == {"a0", "a2", "a3", "a4", "a5", "a6"}
 
 
+def test_an_adapter_that_is_added_while_compact_prepares_is_not_dropped(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert place.call("run") == 0
+    prepare = preparing.prepare
+
+    def add_meanwhile(options: RunOptions) -> preparing.Job:
+        monkeypatch.setattr(preparing, "prepare", prepare)
+        place.upload("a6")
+        assert place.call("add") == 0
+        return prepare(options)
+
+    monkeypatch.setattr(preparing, "prepare", add_meanwhile)
+    assert place.call("compact", "--without", "a1") == 1
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4", "a5", "a6"}
+    assert place.call("compact", "--without", "a1") == 0
+    assert place.served() == {"a0", "a2", "a3", "a4", "a5", "a6"}
+
+
+def test_a_removal_right_after_a_run_has_published_is_not_forgotten(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert place.call("run") == 0
+    place.upload("a6")
+    render = job.render
+
+    def remove_meanwhile(*arguments: Any) -> str:
+        remove_adapters(str(place.out), ["a1"])
+        return render(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "render", remove_meanwhile)
+        assert place.call("run") == 0
+    assert place.call("run") == 0
+    assert place.served() == {"a0", "a2", "a3", "a4", "a5", "a6"}
+
+
+def test_where_the_current_revision_cannot_be_read_refusals_count_as_in_a_first_run(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert place.call("run") == 0
+    (manifest,) = place.out.glob("bundles/*/revisions/0/manifest.json")
+    manifest.write_bytes(manifest.read_bytes() + b"x")
+    for name in ("a4", "a5"):
+        rewrite(place.adapters / name, use_dora=True)
+    assert place.call("run") == 1
+    printed = capsys.readouterr().err
+    assert "what is served cannot be told" in printed
+    assert "--max-refused 2" in printed
+
+
+def test_a_removal_that_failed_lets_no_rollback_drop_the_adapter(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place.call("run") == 0
+    place.upload("a6")
+    assert place.call("add") == 0
+    note_removed(open_store(str(place.out)), ["a6"])  # and killed before it published
+    assert place.call("rollback") == 1
+    assert "a6" in place.served()
+
+
+def test_what_was_removed_can_be_compacted_away_when_its_folder_is_gone(place: Place) -> None:
+    assert place.call("run") == 0
+    assert place.call("remove", "--adapter", "a1") == 0
+    shutil.rmtree(place.adapters / "a1")
+    before = Bundle.open(str(place.out)).manifest
+    assert place.call("compact", "--without", "a1") == 0
+    after = Bundle.open(str(place.out)).manifest
+    assert after.clusters["0"].basis != before.clusters["0"].basis
+    assert after.adapters.keys() == before.adapters.keys()
+
+
+def test_what_compact_leaves_out_is_remembered_though_it_was_not_served(place: Place) -> None:
+    assert place.call("run") == 0
+    place.upload("a6")
+    assert place.call("compact", "--without", "a6") == 0
+    assert place.call("run") == 0
+    assert "a6" not in place.served()
+
+
+def test_restore_restores_or_says_why_not_and_may_be_repeated(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert place.call("run") == 0
+    assert place.call("remove", "--adapter", "a1", "a2") == 0
+    shutil.rmtree(place.adapters / "a1")
+    rewrite(place.adapters / "a2", use_dora=True)
+    for command in ("run", "add"):
+        assert place.call(command, "--restore", "a1") == 2
+        assert "--restore a1: no such folder" in capsys.readouterr().err
+        assert place.call(command, "--restore", "a2") == 1
+        assert "adapter 'a2' refused (dora)" in capsys.readouterr().err
+    for _ in range(2):
+        place.upload("a1")
+        assert place.call("run", "--restore", "a1") == 0
+        assert "a1" in place.served()
+
+
+def test_a_removed_checkpoint_is_restored_by_its_id(place: Place) -> None:
+    place.upload("a6", to="a0/best")
+    place.upload("a7", to="a0/last")
+    assert place.call("run", "--checkpoints") == 0
+    assert place.call("remove", "--adapter", "a0/best", "a0/last") == 0
+    assert place.call("run", "--restore", "a0/best") == 0
+    assert "a0/best" in place.served()
+    assert place.call("add", "--restore", "a0/last") == 0
+    assert "a0/last" in place.served()
+
+
 NAMES = st.sampled_from([f"a{number}" for number in range(7)])
 NUMBERS = st.integers(0, 6)
 
@@ -322,11 +431,10 @@ class Lineage(RuleBasedStateMachine):
     @precondition(lambda self: self.place.served())
     @rule(allow_drop=st.booleans())
     def roll_back(self, allow_drop: bool) -> None:
-        """It says what it brings back; what was removed once may go again."""
-        noted = json.loads((self.place.out / "REMOVED").read_text()) if (self.place.out / "REMOVED").exists() else {}
+        """It says what it brings back."""
         dropped = self.place.served() if allow_drop else frozenset()
         more = ("--allow-drop", "all") if allow_drop else ()
-        self.call("rollback", *more, gone=set(noted), dropped=dropped, back=set(self.removed))
+        self.call("rollback", *more, dropped=dropped, back=set(self.removed))
 
     @invariant()
     def what_is_served_is_whole(self) -> None:
