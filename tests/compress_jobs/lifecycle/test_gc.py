@@ -404,7 +404,7 @@ def test_a_gc_that_never_rests_loses_nothing_of_a_run(
     thread = threading.Thread(target=lambda: _until_moved(keep_collecting))
     thread.start()
     try:
-        outcome = run_job(written[1], written[2], out, rank=4)
+        outcome = run_job(written[1], written[2], out, rank=4, allow_drop="all")
     finally:
         over.set()
         thread.join()
