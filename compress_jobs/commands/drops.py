@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
+
+from compress_jobs.job.options import DROPS
 
 ALLOW_DROP = "how many adapters that are served may no longer be (default: 0)"
 
 
-def drops_allowed(text: str) -> int | None:
-    """None for "all"."""
-    if text == "all":
-        return None
-    if not re.fullmatch(r"[0-9]{1,9}", text):
+def drops_allowed(text: str) -> str:
+    if DROPS.fullmatch(text) is None:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number of adapters, or all")
-    return int(text)
+    return text

@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from cluster.adapters.record import AdapterFiles
 from cluster.bundle.manifest import Refused
 from cluster.errors import AdapterRefused, WouldDrop
-from compress_jobs.job.options import RunOptions, matching
+from compress_jobs.job.options import RunOptions, matching, may_drop
 from compress_jobs.progress import say
 from compress_jobs.report.refusals import counts, refusal_lines
 
@@ -46,7 +46,7 @@ def check_drops(
     not_asked = served - matching(served, asked.only) if asked.only else frozenset()
     if asked.allow_missing:
         gone &= with_folder | not_asked
-    if not asked.may_drop(len(gone)):
+    if not may_drop(asked.allow_drop, len(gone)):
         raise WouldDrop(
             f"{len(gone)} of the {len(served)} adapters that are served would no longer be: "
             f"{_named(gone, refused or {}, not_asked)}; nothing was published: mend them, `remove` them, or go on with "

@@ -13,7 +13,8 @@ from cluster.bundle.manifest import ISOLATIONS, METHODS, Method
 from cluster.errors import ConfigError
 
 DTYPES = ("bfloat16", "float32")
-ALL = "all"
+DROPS = re.compile(r"[0-9]{1,9}|all")
+"""How many adapters that are served a command may drop."""
 AUTO = "auto"
 """For method, clusters and rank: chosen by the job, for the fewest bytes that meet ``target_error``."""
 
@@ -107,7 +108,7 @@ class RunOptions:
         need(self.isolate in isolations, "isolate", f"is {self.isolate!r}", f"expected {' or '.join(ISOLATIONS)}")
         need(self.dtype in DTYPES, "dtype", f"is {self.dtype!r}", f"expected one of {', '.join(DTYPES)}")
         need(
-            re.fullmatch(r"[0-9]{1,9}", self.allow_drop) is not None or self.allow_drop == ALL,
+            DROPS.fullmatch(self.allow_drop) is not None,
             "allow-drop",
             f"is {self.allow_drop!r}",
             "expected a number or all",
@@ -154,9 +155,6 @@ class RunOptions:
             isolation=self.isolate or None,
         )
 
-    def may_drop(self, num_dropped: int) -> bool:
-        return self.allow_drop == ALL or num_dropped <= int(self.allow_drop)
-
     def may_refuse(self, num_refused: int, of: int) -> bool:
         if self.max_refused.endswith("%"):
             return 100 * num_refused <= int(self.max_refused[:-1]) * of
@@ -173,6 +171,11 @@ class RunOptions:
     def takes(self, adapter_id: str) -> bool:
         """Whether ``only`` and ``without`` leave it in."""
         return not matching([adapter_id], self.without) and (not self.only or bool(matching([adapter_id], self.only)))
+
+
+def may_drop(allow_drop: str, num_dropped: int) -> bool:
+    """``allow_drop`` as ``DROPS`` has it."""
+    return allow_drop == "all" or num_dropped <= int(allow_drop)
 
 
 def accepted_names(accept_base: Iterable[str], accept_unnamed_base: bool) -> tuple[str, ...]:

@@ -23,15 +23,12 @@ def add_adapters(source: Source) -> list[str]:
     need_known(
         source.ids, folders.keys() - served.keys(), "--adapter", "served already; `update` takes up a new source"
     )
-    notes = read_removed(standing.store)
-    removed = {i: when for i, when in notes.items() if i not in served}
+    removed = read_removed(standing.store, served)
     need_known(source.restore, removed.keys() | served.keys(), "--restore", "not among those that were removed")
     need_known(source.restore, folders, "--restore", f"no such folder in {source.adapters}")
     left_out = removed.keys() - set(source.restore)
     need_known(source.ids, folders.keys() - left_out, "--adapter", "it was removed; --restore brings it back")
-    wanted = set(source.ids or folders) | set(source.restore)
-    if source.restore and not source.ids:
-        wanted = set(source.restore)
+    wanted = {*source.ids, *source.restore} or set(folders)
     chosen = [files for i, files in folders.items() if i in wanted and i not in served and i not in left_out]
     graded = grade(source, standing, base, chosen)
     lines = [
@@ -42,7 +39,7 @@ def add_adapters(source: Source) -> list[str]:
         return [*lines, _nothing(standing, "nothing to add")]
     manifest = next_revision(standing, (), graded.arrivals, graded.refused, base.modules, source.accept_base)
     lines += publish_next(standing, manifest, "add", began)
-    forget_removed(standing.store, {i: when for i, when in notes.items() if i in graded.arrivals})
+    forget_removed(standing.store, {i: when for i, when in removed.items() if i in graded.arrivals})
     return lines
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from cluster.adapters.listing import list_collection, own_folders
 from cluster.bundle.manifest import Adapter, Manifest
 from cluster.bundle.removed import read_removed
-from compress_jobs.job.options import ALL, RunOptions, matching
+from compress_jobs.job.options import RunOptions, matching
 from compress_jobs.lifecycle.revision import Standing
 from compress_jobs.lifecycle.source import need_known
 
@@ -76,11 +76,11 @@ def refit_options(
     accept_base: Collection[str] = (),
     num_cpus: int = 0,
     allow_missing: bool = False,
-    allow_drop: int | None = 0,
+    allow_drop: str = "0",
 ) -> RunOptions:
     """Options of the run that fits the current revision's adapters anew, less ``without`` (ids and patterns).
 
-    ``allow_drop``: None for any number. Raises ConfigError for what is to be left out and is neither served nor in the
+    Raises ConfigError for what is to be left out and is neither served nor in the
     collection.
     """
     manifest, method = standing.manifest, standing.manifest.method
@@ -88,10 +88,11 @@ def refit_options(
     folders = {files.adapter_id for files in own}
     removed = read_removed(standing.store)
     known = folders | manifest.adapters.keys() | removed.keys()
-    unknown = [pattern for pattern in without if not matching(known, (pattern,))]
-    need_known(unknown, (), "--without", f"neither served nor removed nor in {adapters}")
-    kept = manifest.adapters.keys() - matching(known, without)
-    left_out = (folders - manifest.adapters.keys() - manifest.refused.keys()) | matching(known, without)
+    matched = [pattern for pattern in without if matching(known, (pattern,))]
+    need_known(without, matched, "--without", f"neither served nor removed nor in {adapters}")
+    asked = matching(known, without)
+    kept = manifest.adapters.keys() - asked
+    left_out = (folders - manifest.adapters.keys() - manifest.refused.keys()) | asked
     names = {*manifest.base.accepted, *accept_base}
     chosen: dict[str, Any] = {
         "clusters": method.clusters or 1,
@@ -117,7 +118,7 @@ def refit_options(
         accept_base=tuple(sorted(names - {""})),
         accept_unnamed_base="" in names,
         allow_missing=allow_missing,
-        allow_drop=ALL if allow_drop is None else str(allow_drop),
+        allow_drop=allow_drop,
         without=tuple(sorted(left_out)),
         num_cpus=num_cpus,
         **chosen,

@@ -8,14 +8,15 @@ from cluster.bundle.manifest import Manifest
 from cluster.bundle.publish import missing_objects, move_current
 from cluster.bundle.revisions import manifest_key, read_manifest
 from cluster.errors import BundleError, ConfigError, StoreConflict, StoreMissing, WouldDrop
+from compress_jobs.job.options import may_drop
 from compress_jobs.lifecycle.revision import Standing, open_current
 
 _NAMED = 5
 _TARGET = re.compile(r"(?:(?P<bundle>b-[0-9a-f]{16})/)?(?P<revision>0|[1-9][0-9]*)")
 
 
-def roll_back(out: str, to: str | None, allow_drop: int | None = 0) -> list[str]:
-    """Returns what it did, in lines. ``allow_drop``: how many adapters that are served may be missing there; None: any.
+def roll_back(out: str, to: str | None, allow_drop: str = "0") -> list[str]:
+    """Returns what it did, in lines. ``allow_drop``: how many adapters that are served may be missing there, or "all".
 
     Raises ConfigError where there is no such revision, WouldDrop where more are missing, BundleError where objects of
     it are, PublishConflict when CURRENT has moved meanwhile; CURRENT is as it was then.
@@ -25,7 +26,7 @@ def roll_back(out: str, to: str | None, allow_drop: int | None = 0) -> list[str]
     bundle, revision = _target(now, to)
     target = _hold(standing, bundle, revision)
     back, gone = sorted(target.adapters.keys() - now.adapters.keys()), sorted(now.adapters.keys() - target.adapters)
-    if allow_drop is not None and len(gone) > allow_drop:
+    if not may_drop(allow_drop, len(gone)):
         told = " ".join(gone[:_NAMED]) + (f" and {len(gone) - _NAMED} more" if len(gone) > _NAMED else "")
         raise WouldDrop(
             f"{bundle} revision {revision} lacks {len(gone)} of the {len(now.adapters)} adapters that are served: "
