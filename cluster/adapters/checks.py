@@ -49,7 +49,7 @@ def check_id(adapter_id: str, base: BaseModel) -> None:
             adapter_id,
             "id",
             "an id is its folder's path under the collection, one or two segments of letters, digits, '_', '-' and "
-            "'.', not beginning with '-' or '.'; rename or move the folder",
+            "'.', not beginning with '-' or '.'; rename or move the folder, or say by --id-pattern what names it",
         )
     if adapter_id in base.accepted_names:
         raise AdapterRefused(adapter_id, "id", "it has the base model's name; rename the folder")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
+from cluster.adapters.layout import PLAIN, Layout, layout_for, shown
 from cluster.adapters.record import AdapterFiles
 from cluster.errors import ConfigError, StoreMissing
 from cluster.store.address import open_store
@@ -19,66 +21,97 @@ _OTHERS = re.compile(
 )
 
 
-def list_adapters(store: Store) -> list[AdapterFiles]:
-    """Every folder of the collection that holds anything of an adapter, by id."""
+@dataclass(frozen=True)
+class Listing:
+    """``adapters`` by id. ``within``: folders in another adapter's folder, which its training left there far more often
+    than they are an adapter of the tenant ``name``; ``unnamed``: folders that no pattern of the layout names."""
+
+    adapters: list[AdapterFiles]
+    within: tuple[str, ...] = ()
+    unnamed: tuple[str, ...] = ()
+
+    def left_out_lines(self) -> list[str]:
+        lines = []
+        if self.within:
+            many, such = len(self.within), self.within[0]
+            lines.append(f"left out {many} folders within adapters' folders, such as {such}: --checkpoints takes them")
+        if self.unnamed:
+            lines.append(f"left out {len(self.unnamed)} folders that no --id-pattern names, such as {self.unnamed[0]}")
+        return lines
+
+
+def list_adapters(store: Store, layout: Layout | None = None, served: Collection[str] = ()) -> Listing:
+    """Every folder of the collection that holds anything of an adapter. One within an adapter's folder is listed where
+    the layout says so, and where its id is ``served`` already."""
+    layout = layout or Layout()
     folders: dict[str, dict[str, Entry]] = {}
     for entry in store.list():
         folder, _, name = entry.key.rpartition("/")
         if name in (CONFIG_FILE, WEIGHTS_FILE) or _OTHERS.fullmatch(name):
             folders.setdefault(folder, {})[name] = entry
     adapters = {folder for folder, entries in folders.items() if CONFIG_FILE in entries or WEIGHTS_FILE in entries}
-    return [
-        AdapterFiles(
-            adapter_id=printable(folder),
-            config=entries.get(CONFIG_FILE),
-            weights=entries.get(WEIGHTS_FILE),
-            others=tuple(sorted(filter(_OTHERS.fullmatch, entries))),
-            below=_above(folder, adapters),
-        )
-        for folder, entries in sorted(folders.items())
-    ]
+    by_id: dict[str, list[str]] = {}
+    within, unnamed = [], []
+    for folder in sorted(folders):
+        adapter_id = layout.id_of(folder)
+        if adapter_id is None:
+            unnamed.append(printable(folder))
+        elif layout.checkpoints or adapter_id in served or not _is_within(folder, adapters):
+            by_id.setdefault(printable(adapter_id), []).append(folder)
+        else:
+            within.append(printable(folder))
+    return Listing(
+        [
+            AdapterFiles(adapter_id, twins=tuple(map(printable, same)))
+            if len(same) > 1
+            else _files(adapter_id, folders[same[0]])
+            for adapter_id, same in sorted(by_id.items())
+        ],
+        tuple(within),
+        tuple(unnamed),
+    )
 
 
-def list_collection(address: str) -> list[AdapterFiles]:
+def list_collection(address: str, layout: Layout | None = None, served: Collection[str] = ()) -> Listing:
     """The same by address. Raises ConfigError where that is no collection: nothing there, no folder, no adapter in it,
-    or the folder of one adapter; StoreError where the store fails otherwise."""
-    store = open_store(address)
+    all of them deeper than an id may be, or the folder of one adapter; StoreError where the store fails otherwise."""
+    layout = layout or Layout()
     try:
-        folders = list_adapters(store)
+        listing = list_adapters(open_store(address), layout, served)
     except StoreMissing as error:
         raise ConfigError(f"--adapters: {error}") from None
-    if not folders:
+    ids = {files.adapter_id for files in listing.adapters}
+    if not ids and listing.unnamed:
+        raise ConfigError(
+            f"--adapters {address}: {shown(layout.id_patterns)} names none of the {len(listing.unnamed)} folders "
+            f"there, such as {listing.unnamed[0]}"
+        )
+    if not ids:
         raise ConfigError(f"--adapters {address}: no adapter there; expected folders with adapter_config.json")
-    ids = {files.adapter_id for files in folders}
-    if "" in ids and all(adapter_id == "" or _CHECKPOINT.fullmatch(adapter_id) for adapter_id in ids):
+    if "" in ids and all(i == "" or _CHECKPOINT.fullmatch(i) for i in [*ids, *listing.within]):
         raise ConfigError(f"--adapters {address}: it is an adapter's own folder; give the folder above it")
-    return folders
+    if not layout.id_patterns and all(adapter_id.count("/") >= len(PLAIN) for adapter_id in ids):
+        found = layout_for(ids)
+        how = shown(found.id_patterns) if found else "--id-pattern with {name} and {tenant} where they stand"
+        raise ConfigError(
+            f"--adapters {address}: its {len(ids)} adapters lie deeper than name or tenant/name, such as {min(ids)}; "
+            f"say what names them: {how}"
+        )
+    return listing
 
 
-def own_folders(
-    folders: Iterable[AdapterFiles], served: Collection[str], checkpoints: bool
-) -> tuple[list[AdapterFiles], list[str]]:
-    """Those that are adapters of their own, and the ids of the others.
-
-    What lies in another adapter's folder is what its training left there (``name/checkpoint-20``) far more often than
-    an adapter of the tenant ``name``; it is one where ``checkpoints`` says so, or where it is ``served`` already.
-    """
-    own, others = [], []
-    for files in folders:
-        if checkpoints or files.below is None or files.adapter_id in served:
-            own.append(files)
-        else:
-            others.append(files.adapter_id)
-    return own, others
+def _files(adapter_id: str, entries: Mapping[str, Entry]) -> AdapterFiles:
+    others = tuple(sorted(filter(_OTHERS.fullmatch, entries)))
+    return AdapterFiles(adapter_id, entries.get(CONFIG_FILE), entries.get(WEIGHTS_FILE), others)
 
 
-def _above(folder: str, adapters: Collection[str]) -> str | None:
-    """Of the folders above it the nearest that is an adapter's. The collection's own is none: its id is refused."""
+def _is_within(folder: str, adapters: Collection[str]) -> bool:
+    """Whether a folder above it is an adapter's. The collection's own counts for none: its id is refused."""
     while "/" in folder:
         folder = folder.rpartition("/")[0]
         if folder in adapters:
-            return printable(folder)
-    return None
+            return True
+    return False
 
 
 def printable(text: str) -> str:

@@ -1,8 +1,8 @@
 """Reading PEFT adapters from a collection, and refusing what cannot be served rightly.
 
 An adapter is a folder ``adapter_config.json`` + ``adapter_model.safetensors``; its id is the folder's path
-under the collection's prefix. It is read whole once (``read_adapter``: validated, measured, hashed) and
-then by ranges (``read_modules``), each request tied to the ETag of the first read.
+under the collection's prefix, or what a pattern makes of it (layout.py). It is read whole once (``read_adapter``:
+validated, measured, hashed) and then by ranges (``read_modules``), each request tied to the ETag of the first read.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ def read_adapter(store: Store, files: AdapterFiles, base: BaseModel) -> tuple[Ad
     StoreError when the store fails.
     """
     refuse = Refuse(files.adapter_id)
+    if files.twins:
+        raise refuse(
+            "id", f"{len(files.twins)} folders have this id: {', '.join(files.twins)}; the pattern must part them"
+        )
     check_id(files.adapter_id, base)
     if files.config is None:
         raise refuse("no-config", f"there is no {CONFIG_FILE} beside its weights")

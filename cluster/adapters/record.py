@@ -12,13 +12,13 @@ from cluster.store.protocol import Entry
 @dataclass(frozen=True)
 class AdapterFiles:
     """What the listing says of an adapter's folder. ``others``: names of further files that hold weights, none of which
-    is read. ``below``: the adapter in whose folder it lies, if it does."""
+    is read. ``twins``: the folders, where several have this id, and so none."""
 
     adapter_id: str
-    config: Entry | None
-    weights: Entry | None
+    config: Entry | None = None
+    weights: Entry | None = None
     others: tuple[str, ...] = ()
-    below: str | None = None
+    twins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

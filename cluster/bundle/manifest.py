@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from cluster.adapters.layout import Layout
 from cluster.hashing import canonical_json
 from cluster.layer import ModuleShape
 
@@ -102,6 +103,8 @@ class Manifest:
     refused: dict[str, Refused]
     objects: dict[str, int] = field(default_factory=dict)
     """sha256 name of each object -> size in bytes."""
+    layout: Layout = field(default_factory=Layout)
+    """How the collection's folders became ids; `add`, `update` and `compact` read it the same way."""
 
     def to_json(self) -> bytes:
         """Canonical bytes: sorted keys, absent optional fields left out."""
@@ -112,18 +115,21 @@ class Manifest:
             del document["method"]["auto"]
         if not self.base.accepted:
             del document["base"]["accepted"]
+        if self.layout == Layout():
+            del document["layout"]
         document["objects"] = {sha: {"size_bytes": size} for sha, size in self.objects.items()}
         return canonical_json(document, indent=1) + b"\n"
 
     def with_own_id(self) -> Manifest:
         """The same manifest, named by its content: revision, parent, ETags (which a re-upload of the same bytes
-        changes) and the base's other names do not count."""
+        changes), the base's other names and the layout do not count."""
         anonymous = replace(
             self,
             bundle="",
             revision=0,
             parent=None,
             base=replace(self.base, accepted=()),
+            layout=Layout(),
             adapters={adapter_id: replace(adapter, etag="") for adapter_id, adapter in self.adapters.items()},
         )
         return replace(self, bundle="b-" + hashlib.sha256(anonymous.to_json()).hexdigest()[:16])

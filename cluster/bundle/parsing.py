@@ -10,6 +10,7 @@ import re
 import sys
 from typing import Any, TypeVar, cast
 
+from cluster.adapters.layout import Layout
 from cluster.bundle.manifest import (
     FORMAT,
     ISOLATIONS,
@@ -23,12 +24,12 @@ from cluster.bundle.manifest import (
     Refused,
     tenant_of,
 )
-from cluster.errors import BundleError
+from cluster.errors import BundleError, ConfigError
 from cluster.layer import ModuleShape
 
 _SHA = re.compile(r"sha256:[0-9a-f]{64}")
 _BUNDLE_ID = re.compile(r"b-[0-9a-f]{16}")
-_JSON_TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "tuple[str, ...]": tuple}
+_JSON_TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "tuple[str, ...]": tuple}
 T = TypeVar("T")
 
 
@@ -54,6 +55,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         adapters={name: f.into(Adapter) for name, f in top.children("adapters")},
         refused={name: f.into(Refused) for name, f in top.children("refused")},
         objects={name: f.take_only("size_bytes", int) for name, f in top.children("objects")},
+        layout=_parse_layout(top.take_optional("layout", dict), f"{where}: layout"),
     )
     top.done()
     _check_references(manifest, where)
@@ -64,6 +66,17 @@ def _parse_base(document: Any, where: str) -> Base:
     fields = _Fields(document, where)
     fields.take_names("accepted", optional=True)
     return fields.into(Base)
+
+
+def _parse_layout(document: Any, where: str) -> Layout:
+    if document is None:
+        return Layout()
+    fields = _Fields(document, where)
+    fields.take_names("id_patterns")
+    try:
+        return fields.into(Layout)
+    except ConfigError as error:
+        raise BundleError(f"{where}: {error}") from None
 
 
 def _parse_method(document: Any, where: str) -> Method:

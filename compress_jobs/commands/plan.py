@@ -10,10 +10,9 @@ import json
 import os
 from typing import Any
 
-from cluster.adapters.base import read_base
 from cluster.errors import ConfigError
 from cluster.units import parse_size
-from compress_jobs.job.options import accepted_names
+from compress_jobs.commands.collection import add_collection_arguments, base_and_layout
 from compress_jobs.quality.plan import plan
 
 _HELP = """\
@@ -33,18 +32,11 @@ def add_parser(commands: Any) -> None:
         description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--adapters", metavar="URI", required=True, help="the collection, as for run")
-    parser.add_argument("--base", metavar="URI", required=True, help="base model's folder, as for run")
-    parser.add_argument("--base-name", metavar="NAME", help="the base's own name, where its config does not say")
-    parser.add_argument(
-        "--accept-base", metavar="NAME", action="append", default=[], help="further name of the base (repeatable)"
-    )
-    parser.add_argument("--accept-unnamed-base", action="store_true", help="as for run")
+    add_collection_arguments(parser)
     parser.add_argument("--device-memory", metavar="SIZE", required=True, help="of one serving device, such as 80GiB")
     parser.add_argument("--num-cpus", metavar="N", type=int, default=os.cpu_count(), help="CPUs the job would have")
     parser.add_argument("--sample", metavar="N", type=int, default=64, help="adapters to read (default: 64)")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="which of them (default: 0)")
-    parser.add_argument("--checkpoints", action="store_true", help="as for run")
     parser.set_defaults(execute=_plan)
 
 
@@ -56,17 +48,8 @@ def _plan(parsed: argparse.Namespace) -> int:
     for name in ("sample", "num_cpus"):
         if getattr(parsed, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(parsed, name)}; expected 1 or more")
-    planned = plan(
-        parsed.adapters,
-        read_base(
-            parsed.base, name=parsed.base_name, accept=accepted_names(parsed.accept_base, parsed.accept_unnamed_base)
-        ),
-        device_memory,
-        parsed.num_cpus,
-        parsed.sample,
-        parsed.seed,
-        parsed.checkpoints,
-    )
+    base, layout = base_and_layout(parsed)
+    planned = plan(parsed.adapters, base, device_memory, parsed.num_cpus, parsed.sample, parsed.seed, layout)
     print("\n".join(planned.lines()))
     print(json.dumps(planned.figures()))
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError
+from compress_jobs.commands.collection import add_collection_arguments, base_and_layout
 
 _DESCRIPTION = """\
 Compress a collection in memory in every combination of method, rank and number of clusters, ask the adapters their
@@ -29,8 +30,7 @@ def add_parser(commands: Any) -> None:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--adapters", metavar="URI", required=True, help="the collection")
-    parser.add_argument("--base", metavar="PATH", required=True, help="the base model's local folder")
+    add_collection_arguments(parser, base_metavar="PATH")
     parser.add_argument("--tasks", metavar="FILE", type=Path, required=True, help="JSON lines: name, question, test")
     parser.add_argument("--methods", metavar="NAMES", default="jd-full,svd", help="default: jd-full,svd")
     parser.add_argument("--ranks", metavar="NUMBERS", type=_numbers, default="4,8,16", help="default: 4,8,16")
@@ -57,7 +57,7 @@ def _sweep(parsed: argparse.Namespace) -> int:
     chosen = settings(parsed.methods.split(","), parsed.ranks, parsed.clusters)
     tasks = read_tasks(parsed.tasks, parsed.rows)
     results = _Results(parsed)
-    collection = read_collection(parsed.adapters, parsed.base)
+    collection = read_collection(parsed.adapters, *base_and_layout(parsed))
     if max(parsed.clusters) > len(collection.adapters):
         raise ConfigError(f"--clusters {max(parsed.clusters)}: more than the {len(collection.adapters)} adapters")
     say(f"{len(collection.adapters)} adapters, {len(chosen)} settings; first the base and the uncompressed adapters")
@@ -84,7 +84,7 @@ class _Results:
     def __init__(self, parsed: argparse.Namespace) -> None:
         self._path: Path | None = parsed.out
         options = {name: value for name, value in vars(parsed).items() if name not in ("command", "execute")}
-        shown = [f"--{name} {shlex.quote(_text(value))}" for name, value in options.items() if value is not None]
+        shown = [word for name, value in options.items() for word in _words(f"--{name.replace('_', '-')}", value)]
         self._command = f"python -m compress_jobs sweep {' '.join(shown)}"
         if self._path is not None:
             try:
@@ -99,5 +99,11 @@ class _Results:
                 file.write(json.dumps({"command": self._command} | row) + "\n")
 
 
-def _text(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+def _words(option: str, value: object) -> list[str]:
+    """As a shell takes it; nothing where it was not given."""
+    if isinstance(value, bool):
+        return [option] if value else []
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return [f"{option} {shlex.quote(item)}" for item in value]
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return [f"{option} {shlex.quote(text)}"] if value is not None else []

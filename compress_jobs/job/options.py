@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.adapters.layout import Layout
 from cluster.bundle.manifest import ISOLATIONS, METHODS, Method
 from cluster.errors import ConfigError
 
@@ -63,6 +64,12 @@ class RunOptions:
     )
     without: tuple[str, ...] = _option(
         (), "adapters left out as if they were not there: an id or a pattern with * (repeatable)", metavar="PATTERN"
+    )
+    id_pattern: tuple[str, ...] = _option(
+        (),
+        "what names the adapters, where their folders are not name or tenant/name: a path with {name}, {tenant} and *, "
+        "such as {tenant}/{name}/artifacts/model (repeatable, the first that matches counts)",
+        metavar="PATTERN",
     )
     checkpoints: bool = _option(False, "folders within an adapter's folder are adapters too")
     raw: tuple[str, ...] = _option(
@@ -121,6 +128,7 @@ class RunOptions:
             "expected a number, or a share such as 10%",
         )
         accepted_names(self.accept_base, self.accept_unnamed_base)
+        Layout(self.id_pattern)
         need(0 < self.gate <= 1, "gate", f"is {self.gate}", "expected a squared relative error above 0, at most 1")
         need(0 <= self.seed < 2**31, "seed", f"is {self.seed}", "expected 0 to 2147483647")
         need(self.num_cpus >= 0, "num-cpus", f"is {self.num_cpus}", "expected 0 or more")
@@ -130,6 +138,10 @@ class RunOptions:
     def base_names(self) -> tuple[str, ...]:
         """What adapters may call the base by besides its own name; "" stands for no name."""
         return accepted_names(self.accept_base, self.accept_unnamed_base)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.id_pattern, self.checkpoints)
 
     @property
     def auto(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cluster.adapters.base import read_base
-from cluster.adapters.listing import list_collection, own_folders
+from cluster.adapters.listing import list_collection
 from cluster.adapters.record import AdapterFiles
 from cluster.bundle.removed import read_removed
 from cluster.bundle.revisions import Current, read_current, read_manifest
@@ -100,14 +100,14 @@ def _without_removed(
 
 def _list_folders(context: JobContext, served: frozenset[str], removed: Mapping[str, str]) -> list[AdapterFiles]:
     options = context.options
-    folders, within = own_folders(list_collection(options.adapters), served.union(options.restore), options.checkpoints)
-    if within:
-        say(f"left out {len(within)} folders within adapters' folders, such as {within[0]}: --checkpoints takes them")
+    listing = list_collection(options.adapters, options.layout, served.union(options.restore))
+    for line in listing.left_out_lines():
+        say(line)
     for option, patterns in (("only", options.only), ("without", options.without)):
         for pattern in patterns:
-            if not matching({files.adapter_id for files in folders} | served | removed.keys(), (pattern,)):
+            if not matching({files.adapter_id for files in listing.adapters} | served | removed.keys(), (pattern,)):
                 raise ConfigError(f"--{option} {pattern}: no such adapter in {options.adapters}")
-    folders = [files for files in folders if options.takes(files.adapter_id)]
+    folders = [files for files in listing.adapters if options.takes(files.adapter_id)]
     if not folders:
         raise ConfigError(f"--adapters {options.adapters}: --only and --without leave no adapter")
     return folders

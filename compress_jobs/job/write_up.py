@@ -59,6 +59,7 @@ def manifest_of(done: Compressed) -> Manifest:
         adapters={adapter_id: _entry(done, adapter_id) for adapter_id in records},
         refused=dict(sorted(done.collection.refused.items())),
         objects={item.sha: item.size_bytes for item in stored},
+        layout=done.asked.layout,
     ).with_own_id()
 
 

@@ -37,7 +37,15 @@ def add_adapters(source: Source) -> list[str]:
     ]
     if not graded.arrivals:
         return [*lines, _nothing(standing, "nothing to add")]
-    manifest = next_revision(standing, (), graded.arrivals, graded.refused, base.modules, source.accept_base)
+    manifest = next_revision(
+        standing,
+        (),
+        graded.arrivals,
+        graded.refused,
+        base.modules,
+        source.accept_base,
+        source.layout(standing.manifest),
+    )
     lines += publish_next(standing, manifest, "add", began)
     forget_removed(standing.store, {i: when for i, when in removed.items() if i in graded.arrivals})
     return lines

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.adapters.listing import list_collection, own_folders
+from cluster.adapters.listing import list_collection
 from cluster.bundle.manifest import Adapter, Manifest
 from cluster.bundle.removed import read_removed
 from compress_jobs.job.options import RunOptions, matching
@@ -84,8 +84,8 @@ def refit_options(
     collection.
     """
     manifest, method = standing.manifest, standing.manifest.method
-    own, _ = own_folders(list_collection(adapters), manifest.adapters, checkpoints=False)
-    folders = {files.adapter_id for files in own}
+    layout = manifest.layout
+    folders = {files.adapter_id for files in list_collection(adapters, layout, manifest.adapters).adapters}
     removed = read_removed(standing.store)
     known = folders | manifest.adapters.keys() | removed.keys()
     matched = [pattern for pattern in without if matching(known, (pattern,))]
@@ -120,6 +120,8 @@ def refit_options(
         allow_missing=allow_missing,
         allow_drop=allow_drop,
         without=tuple(sorted(left_out)),
+        id_pattern=layout.id_patterns,
+        checkpoints=layout.checkpoints,
         num_cpus=num_cpus,
         **chosen,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.adapters.base import BaseModel, read_base
 from cluster.adapters.factors import Factors
-from cluster.adapters.listing import list_collection, own_folders
+from cluster.adapters.listing import list_collection
 from cluster.adapters.reading import read_adapter
 from cluster.adapters.record import AdapterFiles, AdapterRecord
 from cluster.bundle.manifest import Manifest, Refused, tenant_of
@@ -59,10 +59,10 @@ def read_collection(source: Source, manifest: Manifest) -> tuple[BaseModel, dict
             f"{manifest.base.name} ({manifest.base.fingerprint[:19]}...); give that model's folder"
         )
     known = {*manifest.adapters, *source.ids, *source.restore}
-    folders, within = own_folders(list_collection(source.adapters), known, source.checkpoints)
-    if within:
-        say(f"left out {len(within)} folders within adapters' folders, such as {within[0]}: --checkpoints takes them")
-    return base, {files.adapter_id: files for files in folders}
+    listing = list_collection(source.adapters, source.layout(manifest), known)
+    for line in listing.left_out_lines():
+        say(line)
+    return base, {files.adapter_id: files for files in listing.adapters}
 
 
 def grade(source: Source, standing: Standing, base: BaseModel, folders: Collection[AdapterFiles]) -> Graded:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.adapters.layout import Layout
 from cluster.adapters.record import AdapterRecord
 from cluster.bundle.manifest import Adapter, Cluster, Manifest, Refused, served_revision
 from cluster.bundle.publish import publish, put_object
@@ -68,6 +69,7 @@ def next_revision(
     refused: Mapping[str, Refused] | None = None,
     shapes: Mapping[str, ModuleShape] | None = None,
     accepted: Collection[str] = (),
+    layout: Layout | None = None,
 ) -> Manifest:
     """The manifest of the revision after the bundle's newest, child of CURRENT's, its new objects stored.
 
@@ -75,7 +77,7 @@ def next_revision(
     cores: those that stay, packed in their order, then the arrivals. A cluster without members is dropped. Whoever
     neither leaves nor arrives keeps its core bit by bit, and with it its served revision.
     ``shapes`` are the base's modules, of which those that arrivals touch join the manifest; ``accepted`` are further
-    names of the base, for all later revisions too.
+    names of the base, for all later revisions too; so is another ``layout``.
     """
     parent, arrivals = standing.manifest, arrivals or {}
     number = newest_revision(standing.store, parent.bundle) + 1
@@ -125,6 +127,7 @@ def next_revision(
         adapters=dict(sorted(adapters.items())),
         refused=dict(sorted(still_refused.items())),
         objects={sha: sizes[sha] for sha in sorted(needed)},
+        layout=layout or parent.layout,
     )
 
 

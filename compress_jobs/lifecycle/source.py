@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cluster.adapters.layout import Layout
+from cluster.bundle.manifest import Manifest
 from cluster.errors import ConfigError
 
 
@@ -21,6 +23,10 @@ class Source:
     accept_base: tuple[str, ...] = ()
     restore: tuple[str, ...] = ()
     checkpoints: bool = False
+
+    def layout(self, manifest: Manifest) -> Layout:
+        """As the bundle's collection was read before, for all later revisions."""
+        return replace(manifest.layout, checkpoints=manifest.layout.checkpoints or self.checkpoints)
 
 
 def need_known(ids: Collection[str], known: Collection[str], option: str, expected: str) -> None:

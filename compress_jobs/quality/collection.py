@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cluster.adapters.base import read_base
+from cluster.adapters.base import BaseModel
 from cluster.adapters.factors import Factors, factored_energy
-from cluster.adapters.listing import list_collection, own_folders
+from cluster.adapters.layout import Layout
+from cluster.adapters.listing import list_collection
 from cluster.adapters.reading import read_adapter
 from cluster.compression.balanced import Labels
 from cluster.compression.clustering import assign
@@ -63,16 +64,16 @@ class Compressed:
     errors: dict[str, float]
 
 
-def read_collection(address: str, base: str) -> Collection:
+def read_collection(address: str, base: BaseModel, layout: Layout) -> Collection:
     """Every adapter that can be accepted; the others are named on stderr. Raises ConfigError when there is none."""
-    described, store = read_base(base), open_store(address)
+    store = open_store(address)
     adapters: dict[str, dict[str, Factors]] = {}
-    folders, within = own_folders(list_collection(address), (), checkpoints=False)
-    if within:
-        say(f"left out {len(within)} folders within adapters' folders, such as {within[0]}")
-    for files in folders:
+    listing = list_collection(address, layout)
+    for line in listing.left_out_lines():
+        say(line)
+    for files in listing.adapters:
         try:
-            record, factors = read_adapter(store, files, described)
+            record, factors = read_adapter(store, files, base)
         except AdapterRefused as refused:
             say(str(refused))
             continue
@@ -80,7 +81,7 @@ def read_collection(address: str, base: str) -> Collection:
     if not adapters:
         raise ConfigError(f"--adapters {address}: no adapter there that can be accepted")
     stacks = {}
-    for module in described.modules:
+    for module in base.modules:
         stack = stack_factors([(i, own[module]) for i, own in enumerate(adapters.values()) if module in own])
         if stack is not None:
             stacks[module] = stack

@@ -92,7 +92,7 @@ def _read_originals(
         raise ConfigError(f"--base {base}: another model than the bundle's base {manifest.base.name}; give that one")
     store = open_store(adapters)
     originals = {}
-    for files in list_collection(adapters):
+    for files in list_collection(adapters, manifest.layout, manifest.adapters).adapters:
         if files.adapter_id in manifest.adapters:
             try:
                 record, factors = read_adapter(store, files, described)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from cluster.adapters.base import BaseModel
-from cluster.adapters.listing import list_collection, own_folders
+from cluster.adapters.layout import Layout
+from cluster.adapters.listing import list_collection
 from cluster.adapters.record import AdapterFiles
 from cluster.errors import ConfigError
 from cluster.store.address import open_store
@@ -97,7 +98,7 @@ def plan(
     num_cpus: int,
     sample_size: int,
     seed: int,
-    checkpoints: bool = False,
+    layout: Layout,
 ) -> Plan:
     """Reads ``sample_size`` adapters of the collection at most; writes nothing. Raises ConfigError where the base fills
     the device, or no adapter can be accepted."""
@@ -108,9 +109,10 @@ def plan(
             f"{gib(base.size_bytes)}; give a larger device"
         )
     store = open_store(adapters)
-    folders, within = own_folders(list_collection(adapters), (), checkpoints)
-    if within:
-        say(f"left out {len(within)} folders within adapters' folders, such as {within[0]}: --checkpoints takes them")
+    listing = list_collection(adapters, layout)
+    folders = listing.adapters
+    for line in listing.left_out_lines():
+        say(line)
     torch.set_num_threads(1)  # as the job's tasks do, so that the seconds are a core's
     sampled = read_sample(store, folders, base, sample_size, seed)
     rows = estimate(sampled, base, _to_serve(sampled, len(folders)), usable, num_cpus, seed)

@@ -7,6 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from cluster.adapters.layout import PLAIN, layout_for, shown
 from cluster.bundle.manifest import Refused
 
 _FEW, _MOST = 3, 6
@@ -27,6 +28,10 @@ def refusal_lines(refused: Mapping[str, Refused]) -> list[str]:
     lines = [f"refused    {adapter_id} ({refusal.reason}): {refusal.message}" for adapter_id, refusal in ordered]
     if options := _base_options(refused.values()):
         lines.append(f"accept     if what these name is all this base: {options}")
+    deep = [i for i, refusal in refused.items() if refusal.reason == "id" and i.count("/") >= len(PLAIN)]
+    if deep and (layout := layout_for(deep)) is not None:
+        patterns = shown([*PLAIN, *layout.id_patterns])
+        lines.append(f"accept     {len(deep)} lie deeper than name or tenant/name; this names them: {patterns}")
     return lines
 
 

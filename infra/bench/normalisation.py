@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from cluster.adapters.base import read_base
+from cluster.adapters.layout import Layout
 from cluster.compression.basis import Basis, unit_cores
 from cluster.compression.jd_full import jd_full
 from cluster.compression.methods import METHODS, JointMethod
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--clusters", metavar="K", type=int, default=1)
     parser.add_argument("--rows", metavar="N", type=int, default=16)
     parsed = parser.parse_args()
-    collection = read_collection(parsed.adapters, parsed.base)
+    collection = read_collection(parsed.adapters, read_base(parsed.base), Layout())
     tasks, scorer = read_tasks(parsed.tasks, parsed.rows), Scorer(parsed.base)
     uncompressed = losses(scorer, tasks, collection.adapters)
     print(

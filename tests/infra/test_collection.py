@@ -38,7 +38,7 @@ def adapters(collection: Path) -> list[dict[str, Factors]]:
     """Every adapter as the job reads it; a refused one would raise."""
     store = open_store(str(collection / "adapters"))
     base = read_base(str(collection / "base"))
-    return [read_adapter(store, files, base)[1] for files in list_adapters(store)]
+    return [read_adapter(store, files, base)[1] for files in list_adapters(store).adapters]
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -228,7 +228,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_trained_adapters_are_accepted_and_answer_better_than_the_base(collection: Path, tiny_base: Path) -> None:
     store, base = open_store(str(collection / "adapters")), read_base(str(tiny_base))
-    listed = list_adapters(store)
+    listed = list_adapters(store).adapters
     assert [adapter.adapter_id for adapter in listed] == IDS
     by_name = {record["name"]: record for record in records(collection)}
     for adapter in listed:
@@ -243,7 +243,7 @@ def test_the_figures_are_those_of_the_stored_adapter_as_evaluate_reads_it(collec
     store, base = open_store(str(collection / "adapters")), read_base(str(tiny_base))
     questions, scorer = read_tasks(collection / "tasks.jsonl", NUM_TEST_ROWS), Scorer(str(tiny_base))
     by_name = {record["name"]: record for record in records(collection)}
-    for adapter in list_adapters(store):
+    for adapter in list_adapters(store).adapters:
         _, factors = read_adapter(store, adapter, base)
         said = by_name[adapter.adapter_id]
         for changed, kind in (({}, "base"), (factors, "lora")):
@@ -307,6 +307,6 @@ def test_a_loss_that_is_no_number_is_refused_and_leaves_nothing(tiny_base: Path,
 def test_a_few_steps_on_the_real_base_lower_the_held_out_loss(base_path: Path, tmp_path: Path) -> None:
     record = train_adapter(AdapterPlan("past", "all", 0, 8), str(base_path), Folders(tmp_path))
     store = open_store(str(tmp_path / "adapters"))
-    (adapter,) = list_adapters(store)
+    (adapter,) = list_adapters(store).adapters
     read_adapter(store, adapter, read_base(str(base_path)))
     assert record["lora_loss"] < 0.7 * record["base_loss"]

@@ -94,7 +94,7 @@ def good(tmp_path: Path, good_folder: Path) -> Path:
 
 def read_only_one(collection: Path, base: BaseModel) -> tuple[AdapterRecord, dict[str, Factors]]:
     store = open_store(str(collection))
-    (files,) = list_adapters(store)
+    (files,) = list_adapters(store).adapters
     return read_adapter(store, files, base)
 
 
@@ -581,7 +581,7 @@ from cluster.store.address import open_store
 shape = ModuleShape(500_000, 500_000)  # so that the lie fits the base
 base = BaseModel("org/tiny", "", {"model.layers.0.self_attn.q_proj": shape}, frozenset(["org/tiny"]), 0)
 store = open_store(sys.argv[1])
-files = list_adapters(store)
+files = list_adapters(store).adapters
 import torch
 torch.ones(64, 64) @ torch.ones(64, 64)  # its threads' stacks are no part of what a file costs
 used_bytes = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -690,7 +690,7 @@ def test_folders_at_every_depth_are_listed_and_judged_by_their_id(
     (tmp_path / "notes/README.md").write_text("no adapter")
     store = open_store(str(tmp_path))
     accepted, refused = set(), {}
-    for files in list_adapters(store):
+    for files in list_adapters(store).adapters:
         try:
             accepted.add(read_adapter(store, files, base)[0].adapter_id)
         except AdapterRefused as error:
@@ -825,7 +825,7 @@ def assert_same_factors(seen: dict[str, Factors], expected: dict[str, Factors]) 
 def test_ranged_reads_of_a_real_adapter_are_bit_equal_and_one_request_a_layer(zoo_path: Path, base_path: Path) -> None:
     real_base = read_base(str(base_path), name="HuggingFaceTB/SmolLM2-135M-Instruct")
     store = _CountingStore(str(zoo_path))
-    files = next(files for files in list_adapters(store) if files.adapter_id == "number-en")
+    files = next(files for files in list_adapters(store).adapters if files.adapter_id == "number-en")
     record, factors = read_adapter(store, files, real_base)
     assert store.ranges == []
     for layer in (0, 7, 29):
@@ -852,7 +852,7 @@ def test_far_modules_are_read_apart(tmp_path: Path) -> None:
     peft_model.save_pretrained(tmp_path / "adapters/one", save_embedding_layers=False)
     store = _CountingStore(str(tmp_path / "adapters"))
     record, factors = read_adapter(
-        store, list_adapters(store)[0], read_base(str(tmp_path / "base"), name=model.name_or_path)
+        store, list_adapters(store).adapters[0], read_base(str(tmp_path / "base"), name=model.name_or_path)
     )
     wanted = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
     assert_same_factors(read_modules(store, record, wanted), {name: factors[name] for name in wanted})
@@ -863,7 +863,7 @@ def test_ranged_reads_work_on_a_real_s3(s3_bucket: str, good_folder: Path, base:
     store = open_store(s3_bucket)
     for item in good_folder.iterdir():
         store.write(f"tenant/one/{item.name}", item.read_bytes())
-    (files,) = list_adapters(store)
+    (files,) = list_adapters(store).adapters
     assert files.adapter_id == "tenant/one"
     record, factors = read_adapter(store, files, base)
     assert_same_factors(read_modules(store, record, base.modules), factors)
@@ -901,7 +901,7 @@ class BeingUploaded(LocalStore):
 
 def test_a_file_that_is_being_written_refuses_its_own_adapter_alone(good: Path, base: BaseModel) -> None:
     store = BeingUploaded(str(good.parent))
-    (files,) = list_adapters(store)
+    (files,) = list_adapters(store).adapters
     with pytest.raises(AdapterRefused, match="let its writer finish") as caught:
         read_adapter(store, files, base)
     assert caught.value.reason == "changed"
@@ -1013,5 +1013,5 @@ def test_a_record_survives_pickling(good: Path, base: BaseModel) -> None:
     record, _ = read_only_one(good.parent, base)
     assert pickle.loads(pickle.dumps(record)) == record
     assert replace(record, etag="other") != record
-    files = AdapterFiles("one", None, None, False)
+    files = AdapterFiles("one")
     assert pickle.loads(pickle.dumps(files)) == files

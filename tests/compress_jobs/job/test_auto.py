@@ -140,7 +140,7 @@ def test_the_choice_is_within_a_fifth_of_the_best_that_exhaustive_search_finds(
     chosen = next(choice for choice in choices if choice["chosen"])
 
     store, base = open_store(str(zoo_path)), read_base(str(base_path))
-    read = [read_adapter(store, files, base) for files in list_adapters(store)]
+    read = [read_adapter(store, files, base) for files in list_adapters(store).adapters]
     modules = sorted({module for _, factors in read for module in factors})
     stacks = {m: stack_factors([(i, f[m]) for i, (_, f) in enumerate(read) if m in f]) for m in modules}
     everything = Sample.of({m: stack for m, stack in stacks.items() if stack is not None}, len(read))

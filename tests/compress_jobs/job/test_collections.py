@@ -40,8 +40,7 @@ def test_what_training_left_in_an_adapters_folder_is_no_adapter_unless_asked_for
 
 def test_a_checkpoint_that_is_served_stays_served_without_asking_again(place: Place) -> None:
     place.upload("a6", to="a0/checkpoint-20")
-    place.upload("a7", to="a0/checkpoint-40")
-    assert place.call("run", "--checkpoints", "--without", "a0/checkpoint-4*") == 0
+    assert place.call("run", "--checkpoints") == 0
     served = {"a0", "a1", "a2", "a3", "a4", "a5", "a0/checkpoint-20"}
     assert place.served() == served
     for command in (["update"], ["add"], ["compact", "--drift", "-1"], ["run"]):
@@ -114,6 +113,73 @@ def test_the_option_that_is_printed_accepts_all_that_it_was_printed_for(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("accept ")]
     assert place.call("run", *shlex.split(line.partition("base: ")[2])) == 0
     assert len(place.served()) == 6
+
+
+def _deep(place: Place) -> None:
+    """All six as an experiment tracker keeps its runs."""
+    for number in range(6):
+        shutil.rmtree(place.adapters / f"a{number}")
+        place.upload(f"a{number}", to=f"{number % 2}/run{number}/artifacts/model")
+
+
+def test_a_collection_several_folders_deep_is_named_with_the_line_that_works(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _deep(place)
+    place.upload("a6", to="0/run0/artifacts/model/checkpoint-20")
+    assert place.call("run") == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "6 adapters lie deeper than name or tenant/name, such as 0/run0/artifacts/model" in line
+    assert place.call("run", *shlex.split(line.partition("what names them: ")[2])) == 0
+    served = {f"{number % 2}/run{number}" for number in range(6)}
+    assert place.served() == served
+
+    place.upload("a7", to="1/run7/artifacts/model")
+    assert place.call("add") == 0
+    place.upload("a8", to="1/run7/artifacts/model")
+    assert place.call("update") == 0
+    assert "updated    1/run7" in capsys.readouterr().out
+    assert place.call("compact", "--without", "0/*") == 0
+    assert place.served() == {"1/run1", "1/run3", "1/run5", "1/run7"}
+
+
+def test_a_few_that_lie_deeper_are_refused_with_the_patterns_that_name_all(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.upload("a6", to="hub/models--org--one/snapshots/0f3c")
+    place.upload("a7", to="hub/models--org--two/snapshots/12ab")
+    place.upload("a8", to="tenant/a8")
+    assert place.call("run", "--max-refused", "2") == 0
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4", "a5", "tenant/a8"}
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "lie deeper" in line]
+    assert place.call("run", *shlex.split(line.partition("names them: ")[2])) == 0
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4", "a5", "tenant/a8", "org/one", "org/two"}
+
+
+def test_two_folders_of_one_id_are_refused_and_hurt_nobody_else(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _deep(place)
+    place.upload("a6", to="9/run0/artifacts/model")
+    place.upload("a7", to="9/run9/other")
+    assert place.call("run", "--id-pattern", "*/{name}/artifacts/model", "--max-refused", "1") == 0
+    assert place.served() == {"run1", "run2", "run3", "run4", "run5"}
+    said = capsys.readouterr()
+    assert "left out 1 folders that no --id-pattern names, such as 9/run9/other" in said.err
+    assert "run0 (id): 2 folders have this id: 0/run0/artifacts/model, 9/run0/artifacts/model" in said.out
+    for pattern, expected in (("nothing/{name}", "names none of the 8 folders"), ("{id}", "expected a folder's path")):
+        assert place.call("run", "--id-pattern", pattern) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_what_was_asked_about_checkpoints_holds_for_later_revisions(place: Place) -> None:
+    assert place.call("run", "--checkpoints") == 0
+    place.upload("a6", to="a0/checkpoint-20")
+    assert place.call("add") == 0
+    assert "a0/checkpoint-20" in place.served()
+    place.upload("a7", to="a0/checkpoint-40")
+    assert place.call("compact", "--drift", "-1") == 0
+    assert "a0/checkpoint-20" in place.served()
 
 
 @pytest.fixture(scope="module")

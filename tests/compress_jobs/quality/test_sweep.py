@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.adapters.base import read_base
+from cluster.adapters.layout import Layout
 from cluster.compression.methods import METHODS
 from compress_jobs.__main__ import main
 from compress_jobs.quality.collection import (
@@ -35,7 +37,7 @@ def adapters_path(zoo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def collection(adapters_path: Path, base_path: Path) -> Collection:
-    return read_collection(str(adapters_path), str(base_path))
+    return read_collection(str(adapters_path), read_base(str(base_path)), Layout())
 
 
 @pytest.fixture(scope="module")
