@@ -10,20 +10,28 @@ import sys
 from pathlib import Path
 
 from cluster.errors import ConfigError, CtsError
-from compress_jobs.commands import (
-    add,
-    compact,
-    evaluate,
-    export,
-    gc,
-    plan,
-    remove,
-    report,
-    rollback,
-    run,
-    show,
-    sweep,
-)
+from compress_jobs.host.packages import lacks
+
+try:
+    from compress_jobs.commands import (
+        add,
+        compact,
+        evaluate,
+        export,
+        gc,
+        plan,
+        remove,
+        report,
+        rollback,
+        run,
+        show,
+        sweep,
+    )
+except ModuleNotFoundError as missing:  # on a Ray node whose image lacks the requirements
+    if __name__ != "__main__":
+        raise
+    print(f"compress_jobs: {lacks(missing)}", file=sys.stderr)
+    sys.exit(2)
 
 _DESCRIPTION = "Compress a collection of LoRA adapters, look at a bundle, change what it serves."
 
@@ -46,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     except CtsError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as missing:
+        print(f"{parser.prog}: {lacks(missing)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(
             f"{parser.prog}: interrupted; nothing half-written is visible, and the same line goes on from here",

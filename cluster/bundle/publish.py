@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cluster.bundle.manifest import Manifest
 from cluster.bundle.revisions import Current, manifest_key, object_key, read_current, read_manifest, revision_key
-from cluster.errors import BundleError, PublishConflict, StoreConflict, StoreMissing
+from cluster.errors import BundleError, PublishConflict, StoreConflict, StoreForbidden, StoreMissing, StoreUnreachable
 from cluster.store.protocol import Store
 
 
@@ -78,6 +78,11 @@ def move_current(store: Store, manifest: Manifest, seen_current: str | None) -> 
             store.create("CURRENT", data)
         else:
             store.replace("CURRENT", data, if_match=seen_current)
+    except (StoreUnreachable, StoreForbidden) as error:
+        told = (
+            f"{error}; whether CURRENT has moved cannot be told: start the same line again, or `show` what is published"
+        )
+        raise type(error)(told) from None
     except StoreConflict:
         found = read_current(store)
         # Our own token: the write had succeeded and only its answer was lost. Another's token on the same

@@ -10,6 +10,9 @@ from cluster.errors import ConfigError
 from cluster.store.local import LocalStore
 from cluster.store.protocol import Store, check_key
 
+_LOCAL = "a local path, or file:///path"
+# A scheme with something missing, as in s3:/bucket, s3:bucket and s3//bucket.
+_MISSPELT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|(s3|s3a|s3n|gs|file|https?)//", re.IGNORECASE)
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
@@ -20,27 +23,38 @@ def open_store(uri: str) -> Store:
     S3 takes credentials, region and endpoint from boto3's own environment (AWS_ENDPOINT_URL for a server
     that is not AWS). Raises ConfigError for anything else.
     """
+    if (path := local_path(uri)) is not None:
+        return LocalStore(abspath(expanduser(path)))
+    # Here, for boto3 is slow to import and often not needed.
+    from cluster.store.s3 import S3Store
+
+    return S3Store(*_bucket_and_prefix(uri.partition("://")[2]))
+
+
+def local_path(uri: str) -> str | None:
+    """The path as it was written, where ``uri`` names a local one; None where it is s3://. Raises ConfigError for
+    anything else."""
     match = _SCHEME.fullmatch(uri)
     if match is None:
-        return LocalStore(_local_path(uri, uri))
+        if not uri.strip() or "\0" in uri:
+            raise ConfigError(f"{uri!r} is no path; expected s3://bucket/prefix, {_LOCAL}")
+        if _MISSPELT.match(uri.strip()):
+            raise ConfigError(
+                f"{uri!r} begins like a URI and is none; expected s3://bucket/prefix or file:///path (./ before a "
+                "local path that begins so)"
+            )
+        return uri
     scheme, rest = match["scheme"].lower(), match["rest"]
+    if scheme == "s3":
+        return None
     if scheme == "file":
         host, _, path = rest.partition("/")
         if host not in ("", "localhost"):
             raise ConfigError(f"{uri!r}: a file URI names no host; write file:///path or a plain path")
-        return LocalStore(_local_path("/" + unquote(path), uri))
-    if scheme == "s3":
-        # Here, for boto3 is slow to import and often not needed.
-        from cluster.store.s3 import S3Store
-
-        return S3Store(*_bucket_and_prefix(rest))
-    raise ConfigError(f"a store of scheme {scheme!r}; expected s3://bucket/prefix, a local path, or file:///path")
-
-
-def _local_path(path: str, uri: str) -> str:
-    if not path.strip() or "\0" in path:
-        raise ConfigError(f"{uri!r} is no path; expected s3://bucket/prefix, a local path, or file:///path")
-    return abspath(expanduser(path))
+        if not path or "\0" in unquote(path):
+            raise ConfigError(f"{uri!r} is no path; expected s3://bucket/prefix, {_LOCAL}")
+        return "/" + unquote(path)
+    raise ConfigError(f"a store of scheme {scheme!r}; expected s3://bucket/prefix, {_LOCAL}")
 
 
 def _bucket_and_prefix(rest: str) -> tuple[str, str]:

@@ -138,6 +138,11 @@ class Store(ABC):
             return "refuses to replace an unchanged object (If-Match)"
         if not _conflicts(lambda: self.replace(key, b"fourth", if_match=first)):
             return "ignores replace-if-unchanged writes (If-Match)"
+        # A key that is not there: CURRENT could be made by a job that saw one which has been deleted since.
+        absent = f"{key}-absent"
+        if not _conflicts(lambda: self.replace(absent, b"fifth", if_match=first)):
+            self.delete(absent)
+            return "creates an object by a write that is only to replace one (If-Match)"
         return None
 
     def _write_own(self, key: str, data: bytes, write: Callable[[], str]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -59,13 +60,13 @@ _NO_CREDENTIALS = (
 _NO_CONNECTION = (boto.HTTPClientError, boto.ConnectionError, ResponseParserError)
 
 _SECRET = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-_SET_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, where this runs"
 _EXPIRED = "renew the credentials and their AWS_SESSION_TOKEN"
 _REGION = "set AWS_DEFAULT_REGION to the bucket's region"
 _FORBIDDEN = {
     "SignatureDoesNotMatch": "check AWS_SECRET_ACCESS_KEY",
     "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID, and that it belongs to this endpoint",
-    "AccessDenied": "check that these credentials may do this here",
+    "AccessDenied": "check that these credentials may do this here; a bucket whose requester pays wants "
+    "AWS_REQUEST_PAYER=requester",
     "RequestTimeTooSkewed": "set this machine's clock",
     "ExpiredToken": _EXPIRED,
     "InvalidToken": _EXPIRED,
@@ -102,10 +103,10 @@ class S3Store(Store):
             ]
 
         # Sorted here: SeaweedFS lists folder by folder, "a/b" before "a-b".
-        return iter(sorted(self._call("", fetch), key=lambda entry: entry.key))
+        return iter(sorted(self._call("list", prefix, fetch), key=lambda entry: entry.key))
 
     def head(self, key: str) -> Entry:
-        answer = self._call(key, lambda: self._client.head_object(Bucket=self._bucket, Key=self._full(key)))
+        answer = self._call("head", key, lambda: self._client.head_object(Bucket=self._bucket, Key=self._full(key)))
         return Entry(key, answer["ContentLength"], answer["ETag"], _seconds(answer["LastModified"]))
 
     def read(self, key: str, *, if_match: str | None = None) -> Blob:
@@ -115,7 +116,7 @@ class S3Store(Store):
             answer = self._client.get_object(**request)
             return Blob(_read_body(answer["Body"]), answer["ETag"])
 
-        return self._call(key, fetch)
+        return self._call("get", key, fetch)
 
     def read_range(self, key: str, start: int, length: int, *, if_match: str | None = None) -> bytes:
         assert min(start, length) >= 0, (start, length)
@@ -135,7 +136,7 @@ class S3Store(Store):
                 )
             return _read_body(answer["Body"])
 
-        return self._call(key, fetch)
+        return self._call("get", key, fetch)
 
     def write(self, key: str, data: bytes) -> str:
         return self._put(key, data)
@@ -153,11 +154,11 @@ class S3Store(Store):
             raise
 
     def delete(self, key: str) -> None:
-        self._call(key, lambda: self._client.delete_object(Bucket=self._bucket, Key=self._full(key)))
+        self._call("delete", key, lambda: self._client.delete_object(Bucket=self._bucket, Key=self._full(key)))
 
     def _put(self, key: str, data: bytes, **condition: Any) -> str:
         request = {"Bucket": self._bucket, "Key": self._full(key), "Body": data, **condition}
-        return self._call(key, lambda: str(self._client.put_object(**request)["ETag"]))
+        return self._call("put", key, lambda: str(self._client.put_object(**request)["ETag"]))
 
     def _get_request(self, key: str, if_match: str | None) -> dict[str, Any]:
         condition = {} if if_match is None else {"IfMatch": if_match}
@@ -169,23 +170,28 @@ class S3Store(Store):
     def _where(self, key: str) -> str:
         return f"{self.uri}/{key} at {self._endpoint}" if key else f"{self.uri} at {self._endpoint}"
 
-    def _call(self, key: str, operation: Callable[[], T]) -> T:
+    def _call(self, operation: str, key: str, request: Callable[[], T]) -> T:
         for round_index in itertools.count():
             try:
-                return operation()
+                return request()
             except (boto.ClientError, boto.BotoCoreError, ResponseParserError, _CutShort) as error:
                 if round_index + 1 >= _num_rounds(error):
-                    raise self._explain(error, key) from error
+                    raise self._explain(error, f"{operation} {self._where(key)}") from error
             time.sleep(min(2**round_index, 4) * random.uniform(0.25, 0.5))
         raise AssertionError("unreachable: the last round returns or raises")
 
-    def _explain(self, error: Exception, key: str) -> CtsError:
+    @staticmethod
+    def _explain(error: Exception, where: str) -> CtsError:
         """The error of our tree that ``error`` is. Never quotes what could hold a secret."""
-        where = self._where(key)
         if isinstance(error, boto.ClientError):
             return _explain_answer(error, where)
         if isinstance(error, _NO_CREDENTIALS):
-            return StoreForbidden(f"{where}: {error}; {_SET_CREDENTIALS}")
+            return StoreForbidden(f"{where}: {error}; {_set_credentials()}")
+        if isinstance(error, boto.SSLError):
+            return StoreUnreachable(
+                f"{where}: {error}; set AWS_CA_BUNDLE to the certificate of the authority that signed the store's, or "
+                "correct AWS_ENDPOINT_URL"
+            )
         if isinstance(error, boto.ParamValidationError):
             return ConfigError(f"{where}: not a request that S3 allows; check bucket and key")
         if type(error) is boto.HTTPClientError:
@@ -262,6 +268,25 @@ def _read_body(body: StreamingBody) -> bytes:
             raise _CutShort(f"the body was cut short ({error})") from error
 
 
+def _set_credentials() -> str:
+    # The node: on a Ray cluster the driver may have them and a worker not.
+    where = f"where this runs, on {socket.gethostname()}"
+    return f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, {where}"
+
+
+def _let_requester_pay(client: Any) -> None:
+    """Where AWS_REQUEST_PAYER says so, as GDAL and others read it; boto3 has no variable for it."""
+    payer = os.environ.get("AWS_REQUEST_PAYER", "")
+    if payer not in ("", "requester"):
+        raise ConfigError(f"AWS_REQUEST_PAYER is {payer!r}; expected requester, or unset it")
+    if payer:
+        client.meta.events.register("before-sign.s3", _add_payer)
+
+
+def _add_payer(request: Any, **_: Any) -> None:
+    request.headers["x-amz-request-payer"] = "requester"
+
+
 def _make_client(uri: str) -> Any:
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
@@ -285,10 +310,11 @@ def _make_client(uri: str) -> Any:
             config = config.merge(Config(s3={"addressing_style": "path"}))
             client = session.client("s3", config=config, region_name=region)
     except _NO_CREDENTIALS as error:
-        raise StoreForbidden(f"{uri}: {error}; {_SET_CREDENTIALS}") from None
+        raise StoreForbidden(f"{uri}: {error}; {_set_credentials()}") from None
     except (boto.BotoCoreError, ValueError) as error:
         seen = str(error) if isinstance(error, boto.BotoCoreError) else "an invalid endpoint"
         raise ConfigError(f"{uri}: {seen}; correct the AWS_* environment variables or ~/.aws/config") from None
+    _let_requester_pay(client)
     if urlsplit(client.meta.endpoint_url).password is not None:
         raise ConfigError(f"{uri}: AWS_ENDPOINT_URL holds a password; put credentials into AWS_SECRET_ACCESS_KEY")
     return client

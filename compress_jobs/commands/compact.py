@@ -91,16 +91,18 @@ def _execute(parsed: argparse.Namespace) -> int:
         parsed.allow_drop,
     )
     # Here, for Ray is slow to import, and starts only where something is fitted.
-    from compress_jobs.job import tasks
+    from compress_jobs.job import ray_cluster
     from compress_jobs.job.prepare import prepare
     from compress_jobs.job.run import run
 
     job = prepare(options)
-    tasks.connect(options)
+    ray_cluster.connect(options)
     if job.seen_current != standing.seen_current:
         raise PublishConflict(f"{options.out}: CURRENT has moved meanwhile; nothing was changed, compact again")
     note_removed(standing.store, matching(options.without, parsed.without) - job.notes.keys())
     outcome = run(job)
+    if outcome.unfinished:
+        print(f"warning    {outcome.unfinished}")
     if outcome.summary is None:
         print(f"unchanged  {outcome.manifest.bundle} is what a refit gives; nothing was written")
         return 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.bundle.export import export_adapter
 from cluster.bundle.reading import Bundle
+from compress_jobs.host.submission import check_place
 
 
 def add_parser(commands: Any) -> None:
@@ -25,6 +26,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _export(parsed: argparse.Namespace) -> int:
+    check_place("--to", str(parsed.to), written=True)
     num_modules = export_adapter(Bundle.open(parsed.uri), parsed.adapter, parsed.to)
     print(f"wrote {parsed.adapter} ({num_modules} modules) to {parsed.to}")
     return 0

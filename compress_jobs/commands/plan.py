@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from typing import Any
 
 from cluster.errors import ConfigError
 from cluster.units import parse_size
 from compress_jobs.commands.collection import add_collection_arguments, base_and_layout
+from compress_jobs.host.cpus import available_cpus
 from compress_jobs.quality.plan import plan
 
 _HELP = """\
@@ -34,7 +34,13 @@ def add_parser(commands: Any) -> None:
     )
     add_collection_arguments(parser)
     parser.add_argument("--device-memory", metavar="SIZE", required=True, help="of one serving device, such as 80GiB")
-    parser.add_argument("--num-cpus", metavar="N", type=int, default=os.cpu_count(), help="CPUs the job would have")
+    parser.add_argument(
+        "--num-cpus",
+        metavar="N",
+        type=int,
+        default=available_cpus(),
+        help="CPUs the job would have (default: as many as this process may use)",
+    )
     parser.add_argument("--sample", metavar="N", type=int, default=64, help="adapters to read (default: 64)")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="which of them (default: 0)")
     parser.set_defaults(execute=_plan)

@@ -35,14 +35,16 @@ def add_parser(commands: Any) -> None:
 def _execute(parsed: argparse.Namespace) -> int:
     chosen = from_arguments(parsed)
     # Here, for Ray is slow to import and --help should not be.
-    from compress_jobs.job import tasks
+    from compress_jobs.job import ray_cluster
     from compress_jobs.job.prepare import prepare
     from compress_jobs.job.run import run
 
     job = prepare(chosen)
-    tasks.connect(chosen)
+    ray_cluster.connect(chosen)
     outcome = run(job)
     manifest = outcome.manifest
+    if outcome.unfinished:
+        print(f"warning    {outcome.unfinished}")
     if outcome.summary is None:
         print("unchanged: these inputs and options are published already, nothing new was written")
         print(f"bundle     {manifest.bundle} revision {manifest.revision} at {chosen.out}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError
+from compress_jobs.host.text import read_text
 from compress_jobs.job.options import AUTO, RunOptions, need
 
 
@@ -50,11 +51,11 @@ def from_arguments(arguments: argparse.Namespace) -> RunOptions:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    text = read_text("--config", path, "a TOML file")
     try:
-        document = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; give the path of a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        # What old editors end lines with is no line's end in TOML.
+        document = tomllib.loads(text.replace("\r\n", "\n").replace("\r", "\n"))
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--config {path}: not TOML ({error})") from None
     specs = {spec.name: spec for spec in dataclasses.fields(RunOptions)}
     values: dict[str, Any] = {}

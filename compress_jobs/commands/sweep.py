@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.errors import ConfigError
 from compress_jobs.commands.collection import add_collection_arguments, base_and_layout
+from compress_jobs.host.submission import check_place
 
 _DESCRIPTION = """\
 Compress a collection in memory in every combination of method, rank and number of clusters, ask the adapters their
@@ -87,6 +88,7 @@ class _Results:
         shown = [word for name, value in options.items() for word in _words(f"--{name.replace('_', '-')}", value)]
         self._command = f"python -m compress_jobs sweep {' '.join(shown)}"
         if self._path is not None:
+            check_place("--out", str(self._path), written=True)
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._path.touch()

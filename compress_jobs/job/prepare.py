@@ -12,7 +12,9 @@ from cluster.bundle.removed import read_removed
 from cluster.bundle.revisions import Current, read_current, read_manifest
 from cluster.compression.sample import sample_modules
 from cluster.errors import BundleError, ConfigError, StoreMissing
+from cluster.store.address import open_store
 from cluster.store.protocol import Store
+from compress_jobs.host.submission import check_place, is_relative
 from compress_jobs.job import tasks
 from compress_jobs.job.context import JobContext, job_id
 from compress_jobs.job.drops import check_drops
@@ -27,7 +29,7 @@ _SAMPLED_PER_KIND, _SAMPLED_OF_MANY, _MANY = 3, 1, 256
 class Job:
     """A run that can begin. ``context`` has the options as they were asked; ``seen_current`` is CURRENT's ETag, None
     where nothing is published; ``served`` are the adapters of its revision; ``notes`` tell which adapters were removed
-    when, those that are served again among them."""
+    when, those that are served again among them; ``relative`` are the options that were given as relative paths."""
 
     context: JobContext
     store: Store
@@ -35,6 +37,7 @@ class Job:
     seen_current: str | None
     served: frozenset[str]
     notes: dict[str, str]
+    relative: tuple[str, ...] = ()
 
     @property
     def asked(self) -> RunOptions:
@@ -48,6 +51,12 @@ class Job:
 
 def prepare(options: RunOptions) -> Job:
     """Reads the base and the collection's listing, and probes the store that will be published on. Raises CtsError."""
+    check_place("--out", options.out, written=True)
+    places = (("adapters", options.adapters), ("out", options.out))
+    relative = tuple(f"--{name} {uri}" for name, uri in places if is_relative(uri))
+    # Ray's workers have other working folders.
+    adapters, base_folder, out = (open_store(uri).uri for uri in (options.adapters, options.base, options.out))
+    options = replace(options, adapters=adapters, base=base_folder, out=out)
     base = read_base(options.base, name=options.base_name or None, accept=options.base_names)
     context = JobContext("", options, base, ())
     store = context.out()
@@ -63,7 +72,7 @@ def prepare(options: RunOptions) -> Job:
     per_kind = _SAMPLED_PER_KIND if len(folders) < _MANY else _SAMPLED_OF_MANY
     sampled = tuple(sample_modules(list(base.modules), per_kind))
     context = replace(context, job_id=job_id(options, base, folders), sampled=sampled)
-    return Job(context, store, folders, current[1] if current else None, served, notes)
+    return Job(context, store, folders, current[1] if current else None, served, notes, relative)
 
 
 def _served(store: Store, current: Current) -> frozenset[str]:

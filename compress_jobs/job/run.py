@@ -6,35 +6,38 @@ part in ``work/`` (see parts.py): a job that was killed goes on from there when 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from cluster.bundle.manifest import Manifest, Method
 from cluster.bundle.publish import missing_objects, publish
 from cluster.bundle.removed import forget_removed
-from cluster.bundle.revisions import read_current, read_manifest, revision_key
+from cluster.bundle.revisions import read_current, read_manifest
 from cluster.errors import BundleError, CtsError, InputError, PublishConflict, StoreMissing
 from compress_jobs.job.assemble import assemble_all
 from compress_jobs.job.choose import as_asked, choose, confirm_or_take_next
 from compress_jobs.job.cluster import cluster_all
 from compress_jobs.job.costs import Costs
 from compress_jobs.job.drops import check_drops, check_refusals, check_restored
+from compress_jobs.job.finish import complete_page, unfinished
 from compress_jobs.job.fit import fit_all
 from compress_jobs.job.grade import grade
 from compress_jobs.job.inspect import Collection, inspect_all
 from compress_jobs.job.options import AUTO, RunOptions
 from compress_jobs.job.prepare import Job
+from compress_jobs.job.ray_cluster import check_shared
 from compress_jobs.job.write_up import Compressed, manifest_of, summary_of
 from compress_jobs.progress import say
-from compress_jobs.report.render import render
 from compress_jobs.report.summary import Summary
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``summary`` is None when the run found its bundle published already."""
+    """``summary`` is None when the run found its bundle published already; ``unfinished`` tells what could not be
+    written after that."""
 
     manifest: Manifest
     summary: Summary | None
+    unfinished: str | None = None
 
 
 def run(job: Job) -> Outcome:
@@ -42,6 +45,7 @@ def run(job: Job) -> Outcome:
 
     Raises CtsError; then nothing new is visible in the store.
     """
+    check_shared(job.asked, job.store, job.folders[0], job.relative)
     if parts := sum(1 for _ in job.store.list(job.context.work)):
         say(f"going on with job {job.context.job_id}, which was stopped: {parts} of its files are there")
     try:
@@ -50,9 +54,16 @@ def run(job: Job) -> Outcome:
         _clean_up(job)  # started again it would end the same way
         raise
     _clean_up(job)
-    served_again = {i: when for i, when in job.notes.items() if i in outcome.manifest.adapters}
-    forget_removed(job.store, served_again)
-    return outcome
+    return replace(outcome, unfinished=_finish(job, outcome))
+
+
+def _finish(job: Job, outcome: Outcome) -> str | None:
+    manifest, summary = outcome.manifest, outcome.summary
+    served_again = {i: when for i, when in job.notes.items() if i in manifest.adapters}
+    return unfinished(
+        lambda: complete_page(job.store, manifest, asdict(summary) if summary else None),
+        lambda: forget_removed(job.store, served_again),
+    )
 
 
 def _run(job: Job) -> Outcome:
@@ -102,10 +113,7 @@ def _run(job: Job) -> Outcome:
 def _publish(job: Job, done: Compressed, costs: Costs) -> Outcome:
     manifest = manifest_of(done)
     summary = summary_of(done, manifest, costs)
-    manifest = publish(job.store, manifest, summary.to_json(), job.seen_current)
-    page = render(manifest, asdict(summary))
-    job.store.write(revision_key(manifest.bundle, manifest.revision, "report.html"), page.encode())
-    return Outcome(manifest, summary)
+    return Outcome(publish(job.store, manifest, summary.to_json(), job.seen_current), summary)
 
 
 def _say_unrecorded(job: Job, published: Manifest) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,12 +11,16 @@ import ray
 import torch
 
 from cluster.errors import ConfigError, CtsError, StoreUnreachable
-from compress_jobs.job.options import RunOptions
 
 # A lost worker is tried again, and so is a store that stayed away; wrong input never is.
 _RETRIES = {"max_retries": 3, "retry_exceptions": [StoreUnreachable]}
 
 _STOP_PERIOD_S, _STOP_ATTEMPTS = 3, 3
+# How Ray tells that a worker could not load a function: with the worker's traceback, whose last line is the error.
+_IMPORT = re.compile(
+    r"ip=(?P<node>[^),]+).*failed to import on the worker.*^(?P<error>(?:\w*\.)*(?:\w+Error): [^\n]*)",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 @functools.cache
@@ -45,30 +49,6 @@ def with_memory(task: Any, memory_bytes: int) -> Any:
         )
     num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     return task.options(memory=memory_bytes, num_gpus=num_gpus)
-
-
-def connect(options: RunOptions) -> None:
-    """Join the Ray cluster that this runs on (``ray job submit`` names it in RAY_ADDRESS), or start one here."""
-    # Ray warns about this default on every start otherwise.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address := os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(log_to_driver=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"RAY_ADDRESS is {address!r}, and no Ray cluster that can be joined is there ({error}); "
-                "unset it to start one on this machine, or submit the job to the Ray cluster"
-            ) from None
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=options.num_cpus or os.cpu_count() or 1,
-        include_dashboard=False,
-        object_store_memory=512 << 20,
-        log_to_driver=False,
-        logging_level="warning",
-    )
 
 
 def run_bounded(task: Any, calls: Sequence[tuple[Any, ...]], in_flight: int) -> Iterator[tuple[int, Any]]:
@@ -113,6 +93,11 @@ def _result(reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, CtsError):
             raise error.cause from None
+        if lacking := _IMPORT.search(str(error)):
+            raise ConfigError(
+                f"Ray's node {lacking['node']} cannot run the job's tasks: {lacking['error']}; install this project "
+                "and its requirements there, in the versions that this node has"
+            ) from None
         raise
     except ray.exceptions.RayError as error:
         raise CtsError(

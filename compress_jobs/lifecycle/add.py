@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from cluster.bundle.removed import forget_removed, read_removed
+from compress_jobs.job.finish import unfinished
 from compress_jobs.lifecycle.newcomers import grade, read_collection
 from compress_jobs.lifecycle.revision import Standing, next_revision, open_current, publish_next
 from compress_jobs.lifecycle.source import Source, need_known
@@ -47,7 +48,9 @@ def add_adapters(source: Source) -> list[str]:
         source.layout(standing.manifest),
     )
     lines += publish_next(standing, manifest, "add", began)
-    forget_removed(standing.store, {i: when for i, when in removed.items() if i in graded.arrivals})
+    back = {i: when for i, when in removed.items() if i in graded.arrivals}
+    if problem := unfinished(lambda: forget_removed(standing.store, back)):
+        lines.append(f"warning    {problem}")
     return lines
 
 

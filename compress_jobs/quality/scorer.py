@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from cluster.adapters.factors import Factors
 from cluster.errors import ConfigError
+from compress_jobs.host.text import read_text
 
 MAX_NEW_TOKENS = 24
 
@@ -38,11 +40,11 @@ def read_tasks(path: Path, num_rows: int) -> dict[str, Task]:
     """Tasks by adapter id, from JSON lines with name, question and test rows. Raises ConfigError."""
     if num_rows < 1:
         raise ConfigError(f"--rows {num_rows}: expected at least 1")
+    text = read_text("--tasks", path, "a file of JSON lines")
     try:
-        documents = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        # Not splitlines: what else that takes for a line's end may stand in a string.
+        documents = [json.loads(line) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
         tasks = [Task(d["name"], d["question"], tuple((x, y) for x, y in d["test"][:num_rows])) for d in documents]
-    except OSError as error:
-        raise ConfigError(f"--tasks {path}: {error.strerror}; give a file of JSON lines") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--tasks {path}: {error!r}; expected JSON lines with name, question and test") from None
     for task in tasks:

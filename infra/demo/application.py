@@ -38,13 +38,14 @@ def running_application(out: Path, port: int) -> Iterator[Any]:
     import ray
     from ray import serve
 
-    from compress_jobs.job import tasks
+    from compress_jobs.host.cpus import available_cpus
+    from compress_jobs.job import ray_cluster
     from compress_jobs.job.options import RunOptions
     from compress_jobs.job.prepare import prepare
     from compress_jobs.job.run import run
     from serve_app.app import build
 
-    num_cpus = max(2, os.cpu_count() or 2)
+    num_cpus = max(2, available_cpus())
     options = RunOptions(
         adapters=str(ZOO / "adapters"),
         base=str(BASE),
@@ -56,7 +57,7 @@ def running_application(out: Path, port: int) -> Iterator[Any]:
     # A Ray of its own, whatever the environment points at.
     os.environ.pop("RAY_ADDRESS", None)
     job = prepare(options)
-    tasks.connect(options)
+    ray_cluster.connect(options)
     # So that `make stop`, `kill` and a time limit end it as Ctrl-C does, with all that Ray started. Only now, for
     # Ray sets a handler of its own, which aborts and leaves processes behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -60,7 +60,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Six adapters, none published yet. The test's module has connected Ray."""
-    from compress_jobs.job import tasks
+    from compress_jobs.job import ray_cluster
 
-    monkeypatch.setattr(tasks, "connect", lambda _: None)
+    monkeypatch.setattr(ray_cluster, "connect", lambda _: None)
     return Place(generated, tmp_path, 6)

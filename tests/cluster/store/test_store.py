@@ -549,5 +549,5 @@ def test_lost_answers_do_not_make_a_store_unsafe(s3_bucket: str, proxy: S3Proxy)
 
     proxy.on_request = on_request
     store.check_conditional_writes()
-    assert writes == 8
+    assert writes == 10
     assert list(store.list()) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compress_jobs.job import tasks
+from compress_jobs.job import ray_cluster
 from tests.support.jobs import rewrite
 from tests.support.place import Place
 
@@ -187,7 +187,7 @@ def published(generated: Path, tmp_path_factory: pytest.TempPathFactory, ray_for
     """Where a `Place` of two adapters is published. Never to be changed."""
     root = tmp_path_factory.mktemp("published")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tasks, "connect", lambda _: None)
+        patched.setattr(ray_cluster, "connect", lambda _: None)
         assert Place(generated, root, 2).call("run") == 0
     return root
 

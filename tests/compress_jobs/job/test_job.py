@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from cluster.bundle.reading import Bundle
 from cluster.errors import BundleError, ConfigError, StoreMissing
 from compress_jobs.__main__ import main
-from compress_jobs.job import run, tasks
+from compress_jobs.job import ray_cluster, run, tasks
 from compress_jobs.job.choose import Chosen
 from compress_jobs.job.cluster import Clustered, cluster_all
 from compress_jobs.job.options import RunOptions
@@ -308,7 +308,7 @@ def test_of_two_jobs_racing_for_current_one_wins_and_the_other_says_so(
 
     publish = run.publish
     monkeypatch.setattr(run, "publish", other_job_first)
-    monkeypatch.setattr(tasks, "connect", lambda _: None)
+    monkeypatch.setattr(ray_cluster, "connect", lambda _: None)
     status = main(["run", "--adapters", str(adapters), "--base", str(base_path), "--out", str(out), "--rank", "8"])
     assert status == 1
     assert "was moved to bundle " + winner[0] in capsys.readouterr().err

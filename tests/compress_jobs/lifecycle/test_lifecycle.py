@@ -21,7 +21,7 @@ from cluster.bundle.revisions import manifest_key, object_key, read_current
 from cluster.hashing import hash_tensors
 from cluster.store.address import open_store
 from compress_jobs.__main__ import main
-from compress_jobs.job import tasks
+from compress_jobs.job import ray_cluster
 from compress_jobs.lifecycle import revision
 from compress_jobs.lifecycle.compact import Drift
 from tests.support.bundles import write_bundle
@@ -450,7 +450,7 @@ def test_compact_without_an_adapter_is_a_run_over_a_collection_that_never_had_it
 ) -> None:
     """``past`` is added first, one is removed, one is left out: the new bundle knows nothing of either of these."""
     adapters, out = place
-    monkeypatch.setattr(tasks, "connect", lambda _: None)  # the module's own Ray is connected
+    monkeypatch.setattr(ray_cluster, "connect", lambda _: None)  # the module's own Ray is connected
     shutil.copytree(zoo_path / "past", adapters / "past")
     call("add")
     call("remove", "--adapter", "first-letter")

@@ -13,7 +13,7 @@ from cluster.bundle.revisions import manifest_key, object_key
 from cluster.errors import StoreMissing
 from cluster.store.address import open_store
 from compress_jobs.__main__ import main
-from compress_jobs.job import tasks
+from compress_jobs.job import ray_cluster
 from tests.support.jobs import copy_adapters, dense_error, dense_served, rewrite, scale_factor_b
 from tests.support.processes import assert_all_visible_revisions_are_whole
 from tests.support.upload import upload
@@ -31,7 +31,7 @@ def test_all_commands_in_a_row_on_s3(
 ) -> None:
     # One Ray for all of it, whose workers have the server's address in their environment.
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
-    monkeypatch.setattr(tasks, "connect", lambda _: None)
+    monkeypatch.setattr(ray_cluster, "connect", lambda _: None)
     try:
         _walk(s3_bucket, base_path, zoo_path, tmp_path, capsys)
     finally:

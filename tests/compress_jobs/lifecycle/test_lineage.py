@@ -25,9 +25,9 @@ from cluster.bundle.reading import Bundle
 from cluster.bundle.removed import note_removed
 from cluster.errors import StoreMissing
 from cluster.store.address import open_store
+from compress_jobs.job import finish, ray_cluster
 from compress_jobs.job import prepare as preparing
 from compress_jobs.job import run as job
-from compress_jobs.job import tasks
 from compress_jobs.job.options import RunOptions
 from compress_jobs.lifecycle.remove import remove_adapters
 from tests.support.jobs import rewrite
@@ -243,14 +243,14 @@ def test_a_removal_right_after_a_run_has_published_is_not_forgotten(
 ) -> None:
     assert place.call("run") == 0
     place.upload("a6")
-    render = job.render
+    render = finish.render
 
     def remove_meanwhile(*arguments: Any) -> str:
         remove_adapters(str(place.out), ["a1"])
         return render(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(job, "render", remove_meanwhile)
+        patched.setattr(finish, "render", remove_meanwhile)
         assert place.call("run") == 0
     assert place.call("run") == 0
     assert place.served() == {"a0", "a2", "a3", "a4", "a5", "a6"}
@@ -448,7 +448,7 @@ class Lineage(RuleBasedStateMachine):
 def test_any_sequence_of_uploads_damage_and_commands_keeps_both_promises(
     generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "connect", lambda _: None)
+    monkeypatch.setattr(ray_cluster, "connect", lambda _: None)
     monkeypatch.setattr(Lineage, "generated", generated, raising=False)
     monkeypatch.setattr(Lineage, "root", tmp_path, raising=False)
     bounds = settings(

@@ -1,0 +1,1 @@
+"""What a command finds where it runs."""
