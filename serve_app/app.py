@@ -63,6 +63,7 @@ def build(args: dict[str, Any]) -> Application:
         max_inflight=limits.max_inflight,
         max_prompts=limits.max_prompts,
         request_timeout_s=limits.request_timeout_s,
+        adapter_chat_templates=arguments.adapter_chat_templates,
     )
     return serve.deployment(
         serve.ingress(make_api)(Router),
@@ -108,6 +109,7 @@ def replica_spec(
         max_batch=arguments.limits.max_batch,
         max_model_len=arguments.limits.max_model_len,
         num_threads=max(1, int(arguments.placement.num_cpus)),
+        adapter_chat_templates=arguments.adapter_chat_templates,
     )
 
 

@@ -51,6 +51,14 @@ def _whole(minimum: int) -> Parser:
     return parse
 
 
+def _yes_or_no(value: Any) -> bool:
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
 def _positive(value: Any) -> float:
     try:
         number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
@@ -109,7 +117,8 @@ class LimitArguments:
 
 @dataclass(frozen=True)
 class Arguments:
-    """``bundle`` is ``<out>`` or ``<out>/bundles/<id>``; ``base`` a local folder, an ``s3://`` prefix or a hub id."""
+    """``bundle`` is ``<out>`` or ``<out>/bundles/<id>``; ``base`` a local folder, an ``s3://`` prefix or a hub id.
+    ``adapter_chat_templates``: chats of an adapter that brought a template go through that, else through the base's."""
 
     bundle: Annotated[str, _text]
     base: Annotated[str, _text]
@@ -117,6 +126,7 @@ class Arguments:
     engine: Annotated[str, _one_of(*ENGINES)] = "auto"
     device: Annotated[str, _one_of(*DEVICES)] = "auto"
     dtype: Annotated[str, _one_of(*DTYPES)] = "auto"
+    adapter_chat_templates: Annotated[bool, _yes_or_no] = True
     placement: PlacementArguments = field(default_factory=PlacementArguments)
     limits: LimitArguments = field(default_factory=LimitArguments)
 

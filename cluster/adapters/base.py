@@ -10,9 +10,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.adapters.brought import TOKENIZER_FILES, Tokenizing, read_tokenizing
 from cluster.adapters.mistaken import mistaken_for
 from cluster.adapters.tensor_file import TensorPlace, read_header, shorten
 from cluster.errors import BaseModelError, StoreMissing
@@ -26,6 +27,7 @@ _VOLATILE_KEYS = ("_name_or_path", "_model_name_or_path", "transformers_version"
 # Two-dimensional weights that are no linear layer inside the model: tables of tokens and positions, and the
 # output head, which is often tied to one of them.
 _TABLES = ("embed_tokens", "embed_in", "embed_out", "word_embeddings", "wte", "wpe", "lm_head")
+_TOKENS = (["embed_tokens"], ["embed_in"], ["word_embeddings"], ["wte"])
 # Architectures whose projections are stored transposed (transformers' Conv1D).
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
 _INDEX = "model.safetensors.index.json"
@@ -38,6 +40,7 @@ class BaseModel:
     "" for none at all.
 
     ``modules`` are the linear layers by full name. ``size_bytes`` is that of the weights as stored.
+    ``vocabulary_size``: rows of the table of embeddings, None where it is not told apart.
     """
 
     name: str
@@ -45,6 +48,8 @@ class BaseModel:
     modules: dict[str, ModuleShape]
     accepted_names: frozenset[str]
     size_bytes: int
+    tokenizing: Tokenizing = field(default_factory=Tokenizing)
+    vocabulary_size: int | None = None
 
     def answers_to(self, name: str) -> bool:
         """A pattern never means no name, nor another revision (``name@revision``) than it says."""
@@ -81,6 +86,8 @@ def read_base(address: str, *, name: str | None = None, accept: Iterable[str] = 
         modules=modules,
         accepted_names=frozenset([own_name, *accept]),
         size_bytes=size_bytes,
+        tokenizing=read_tokenizing(store, [e for e in store.list() if e.key in TOKENIZER_FILES]),
+        vocabulary_size=next((p.shape[0] for name, p in tensors.items() if name.split(".")[-2:-1] in _TOKENS), None),
     )
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from cluster.adapters.brought import TOKENIZER_FILES
 from cluster.adapters.layout import PLAIN, Layout, layout_for, shown
 from cluster.adapters.record import AdapterFiles
 from cluster.errors import ConfigError, StoreMissing
@@ -45,10 +46,13 @@ def list_adapters(store: Store, layout: Layout | None = None, served: Collection
     the layout says so, and where its id is ``served`` already."""
     layout = layout or Layout()
     folders: dict[str, dict[str, Entry]] = {}
+    beside: dict[str, list[Entry]] = {}
     for entry in store.list():
         folder, _, name = entry.key.rpartition("/")
         if name in (CONFIG_FILE, WEIGHTS_FILE) or _OTHERS.fullmatch(name):
             folders.setdefault(folder, {})[name] = entry
+        elif name in TOKENIZER_FILES:
+            beside.setdefault(folder, []).append(entry)
     adapters = {folder for folder, entries in folders.items() if CONFIG_FILE in entries or WEIGHTS_FILE in entries}
     by_id: dict[str, list[str]] = {}
     within, unnamed = [], []
@@ -64,7 +68,7 @@ def list_adapters(store: Store, layout: Layout | None = None, served: Collection
         [
             AdapterFiles(adapter_id, twins=tuple(map(printable, same)))
             if len(same) > 1
-            else _files(adapter_id, folders[same[0]])
+            else _files(adapter_id, folders[same[0]], tuple(beside.get(same[0], ())))
             for adapter_id, same in sorted(by_id.items())
         ],
         tuple(within),
@@ -100,9 +104,9 @@ def list_collection(address: str, layout: Layout | None = None, served: Collecti
     return listing
 
 
-def _files(adapter_id: str, entries: Mapping[str, Entry]) -> AdapterFiles:
+def _files(adapter_id: str, entries: Mapping[str, Entry], beside: tuple[Entry, ...]) -> AdapterFiles:
     others = tuple(sorted(filter(_OTHERS.fullmatch, entries)))
-    return AdapterFiles(adapter_id, entries.get(CONFIG_FILE), entries.get(WEIGHTS_FILE), others)
+    return AdapterFiles(adapter_id, entries.get(CONFIG_FILE), entries.get(WEIGHTS_FILE), others, beside)
 
 
 def _is_within(folder: str, adapters: Collection[str]) -> bool:

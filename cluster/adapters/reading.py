@@ -15,6 +15,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from cluster.adapters.base import BaseModel
+from cluster.adapters.brought import brought_along, read_tokenizing
 from cluster.adapters.checks import Refuse, check_id, check_patterns, paired_places, plain_names, tensor_name
 from cluster.adapters.config import parse_adapter_config
 from cluster.adapters.factors import Factors, factored_energy
@@ -82,13 +83,15 @@ def read_adapter(store: Store, files: AdapterFiles, base: BaseModel) -> tuple[Ad
         factors[module] = (A, B)
     if not any(places.energy > 0 for places in modules.values()):
         raise refuse("zero", "it changes nothing: B A is zero in every module (was it trained?)")
+    brought = brought_along(read_tokenizing(store, files.beside), base.tokenizing, base.vocabulary_size)
     record = AdapterRecord(
         adapter_id=files.adapter_id,
         key=files.weights.key,
-        version=_version(config_bytes, tensors),
+        version=_version(config_bytes, tensors, brought.chat_template),
         etag=weights.etag,
         size_bytes=len(weights.data),
         modules=modules,
+        brought=brought,
     )
     return record, factors
 
@@ -157,11 +160,10 @@ def _places(refuse: Refuse, data: bytes) -> dict[str, TensorPlace]:
         raise refuse("corrupt", f"{WEIGHTS_FILE}: {error}; upload it again") from None
 
 
-def _version(config: bytes, tensors: dict[str, Tensor]) -> str:
-    return (
-        "sha256:"
-        + hashlib.sha256(canonical_json([hashlib.sha256(config).hexdigest(), hash_tensors(tensors)])).hexdigest()
-    )
+def _version(config: bytes, tensors: dict[str, Tensor], chat_template: str | None) -> str:
+    """A template that is applied is part of what the adapter answers."""
+    content = [hashlib.sha256(config).hexdigest(), hash_tensors(tensors), *([chat_template] if chat_template else [])]
+    return "sha256:" + hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def _merge(places: list[TensorPlace]) -> list[list[TensorPlace]]:

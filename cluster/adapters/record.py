@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from cluster.adapters.brought import Brought
 from cluster.adapters.tensor_file import TensorPlace
 from cluster.store.protocol import Entry
 
@@ -12,12 +13,13 @@ from cluster.store.protocol import Entry
 @dataclass(frozen=True)
 class AdapterFiles:
     """What the listing says of an adapter's folder. ``others``: names of further files that hold weights, none of which
-    is read. ``twins``: the folders, where several have this id, and so none."""
+    is read. ``beside``: files of its tokenizer. ``twins``: the folders, where several have this id, and so none."""
 
     adapter_id: str
     config: Entry | None = None
     weights: Entry | None = None
     others: tuple[str, ...] = ()
+    beside: tuple[Entry, ...] = ()
     twins: tuple[str, ...] = ()
 
 
@@ -45,6 +47,7 @@ class AdapterRecord:
     etag: str
     size_bytes: int
     modules: dict[str, ModulePlaces]
+    brought: Brought = field(default_factory=Brought)
 
     @property
     def energy(self) -> float:

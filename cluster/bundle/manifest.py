@@ -65,6 +65,8 @@ class Adapter:
 
     ``version`` is the hash of the source, ``served`` that of what is answered with.
     ``error`` = sum_m ||M - M^||^2 / sum_m ||M||^2 over the modules the adapter touches.
+    ``brought``: what lay beside it and answers otherwise than the base's own, by kind; ``chat_template``: the hash
+    of the one that its chats are answered with, among the manifest's ``templates``; None: the base's.
     ``added`` is the revision that put it onto bases which had been fitted without it; None: it was fitted.
     """
 
@@ -80,6 +82,8 @@ class Adapter:
     factors: str | None = None
     rank: int | None = None
     added: int | None = None
+    chat_template: str | None = None
+    brought: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class Manifest:
     refused: dict[str, Refused]
     objects: dict[str, int] = field(default_factory=dict)
     """sha256 name of each object -> size in bytes."""
+    templates: dict[str, str] = field(default_factory=dict)
+    """sha256 of each chat template that an adapter brought -> its text."""
     layout: Layout = field(default_factory=Layout)
     """How the collection's folders became ids; `add`, `update` and `compact` read it the same way."""
 
@@ -117,6 +123,8 @@ class Manifest:
             del document["base"]["accepted"]
         if self.layout == Layout():
             del document["layout"]
+        if not self.templates:
+            del document["templates"]
         document["objects"] = {sha: {"size_bytes": size} for sha, size in self.objects.items()}
         return canonical_json(document, indent=1) + b"\n"
 
@@ -144,8 +152,12 @@ def tenant_of(adapter_id: str) -> str:
     return adapter_id.rpartition("/")[0]
 
 
+def template_hash(template: str) -> str:
+    return "sha256:" + hashlib.sha256(template.encode()).hexdigest()
+
+
 def _said(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fields.items() if value is not None}
+    return {key: value for key, value in fields.items() if value not in (None, {})}
 
 
 def served_revision(mode: str, *hashes: str) -> str:

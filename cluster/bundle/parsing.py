@@ -22,6 +22,7 @@ from cluster.bundle.manifest import (
     Manifest,
     Method,
     Refused,
+    template_hash,
     tenant_of,
 )
 from cluster.errors import BundleError, ConfigError
@@ -29,7 +30,14 @@ from cluster.layer import ModuleShape
 
 _SHA = re.compile(r"sha256:[0-9a-f]{64}")
 _BUNDLE_ID = re.compile(r"b-[0-9a-f]{16}")
-_JSON_TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "tuple[str, ...]": tuple}
+_JSON_TYPES: dict[str, type] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "tuple[str, ...]": tuple,
+    "dict[str, str]": dict,
+}
 T = TypeVar("T")
 
 
@@ -52,9 +60,10 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         method=_parse_method(top.take("method", dict), f"{where}: method"),
         modules={name: f.into(ModuleShape) for name, f in top.children("modules")},
         clusters={name: f.into(Cluster) for name, f in top.children("clusters")},
-        adapters={name: f.into(Adapter) for name, f in top.children("adapters")},
+        adapters={name: _parse_adapter(f) for name, f in top.children("adapters")},
         refused={name: f.into(Refused) for name, f in top.children("refused")},
         objects={name: f.take_only("size_bytes", int) for name, f in top.children("objects")},
+        templates=top.take_texts("templates"),
         layout=_parse_layout(top.take_optional("layout", dict), f"{where}: layout"),
     )
     top.done()
@@ -66,6 +75,11 @@ def _parse_base(document: Any, where: str) -> Base:
     fields = _Fields(document, where)
     fields.take_names("accepted", optional=True)
     return fields.into(Base)
+
+
+def _parse_adapter(fields: _Fields) -> Adapter:
+    fields.take_texts("brought")
+    return fields.into(Adapter)
 
 
 def _parse_layout(document: Any, where: str) -> Layout:
@@ -106,11 +120,17 @@ def _check_references(manifest: Manifest, where: str) -> None:
         need(cluster.num_slots > 0, f"cluster {name} has {cluster.num_slots} slots")
         for sha in (cluster.basis, cluster.cores):
             need(sha in manifest.objects, f"cluster {name} names object {sha}, which is not listed")
+    for sha, template in manifest.templates.items():
+        need(sha == template_hash(template), f"template {sha} has other content than its hash says")
     slots: set[tuple[str, int]] = set()
     tenants: dict[str, str] = {}
     for adapter_id, adapter in manifest.adapters.items():
         need(adapter.mode in MODES, f"adapter {adapter_id} has mode {adapter.mode!r}, expected one of {MODES}")
         need(_SHA.fullmatch(adapter.served) is not None, f"adapter {adapter_id} has served revision {adapter.served!r}")
+        need(
+            adapter.chat_template is None or adapter.chat_template in manifest.templates,
+            f"adapter {adapter_id} names template {adapter.chat_template}, which is not listed",
+        )
         if adapter.mode == "core":
             need(
                 adapter.cluster in manifest.clusters
@@ -180,6 +200,14 @@ class _Fields:
         if not all(isinstance(name, str) for name in names):
             raise BundleError(f"{self.where}: {key} is {names!r}, expected a list of strings")
         self.document[key] = tuple(names)
+
+    def take_texts(self, key: str) -> dict[str, str]:
+        """An object of texts, which may be absent; kept for ``into``."""
+        texts: dict[str, str] = self.take(key, dict) if key in self.document else {}
+        if not all(isinstance(text, str) for text in texts.values()):
+            raise BundleError(f"{self.where}: {key} is {texts!r}, expected an object of texts")
+        self.document[key] = texts
+        return texts
 
     def children(self, key: str) -> list[tuple[str, _Fields]]:
         parent = self.take(key, dict)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from cluster.bundle.manifest import Manifest
@@ -25,7 +25,8 @@ def factors_home(adapter_id: str) -> str:
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """``slot`` is the row of the home's cores; a home of factors has the one slot 0."""
+    """``slot`` is the row of the home's cores; a home of factors has the one slot 0. ``chat_template``: the
+    adapter's own text, None where chats go through the base's. ``brought``: as the manifest has it."""
 
     adapter_id: str
     home: str
@@ -35,6 +36,8 @@ class ServedAdapter:
     served: str
     version: str
     error: float
+    chat_template: str | None = None
+    brought: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class ServingMap:
                 served=adapter.served,
                 version=adapter.version,
                 error=adapter.error,
+                chat_template=manifest.templates.get(adapter.chat_template or ""),
+                brought=adapter.brought,
             )
         return ServingMap(manifest.base.name, MappingProxyType(entries))
 
@@ -65,6 +70,11 @@ class ServingMap:
             return self.adapters[adapter_id]
         except KeyError:
             raise UnknownAdapter(f"adapter {adapter_id!r} is not in the serving map") from None
+
+    def with_the_bases_template(self) -> ServingMap:
+        """The same, every chat through the base's own template."""
+        entries = {i: replace(adapter, chat_template=None) for i, adapter in self.adapters.items()}
+        return ServingMap(self.base_name, MappingProxyType(entries))
 
     def num_slots(self) -> Counter[str]:
         """Home -> the slots that its adapters need of it: one more than the highest."""

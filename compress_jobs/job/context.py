@@ -18,7 +18,7 @@ from cluster.store.protocol import Store
 from compress_jobs.job.options import RunOptions
 
 # Part of every job's id: parts that were left by code with another idea of them are never picked up.
-_PARTS_FORMAT = 3
+_PARTS_FORMAT = 4
 # These change nothing of what is computed.
 _INDIFFERENT = ("num_cpus", "in_flight", "out", "restore", "max_refused", "allow_missing", "allow_drop")
 
@@ -76,7 +76,8 @@ def job_id(options: RunOptions, base: BaseModel, folders: Sequence[AdapterFiles]
     soon as a file of the collection, an option, or torch is another."""
     asked = {name: value for name, value in asdict(options).items() if name not in _INDIFFERENT}
     names = sorted(base.accepted_names)
-    content = [_PARTS_FORMAT, torch.__version__, asked, base.fingerprint, names, [asdict(f) for f in folders]]
+    model = [base.fingerprint, asdict(base.tokenizing), base.vocabulary_size]
+    content = [_PARTS_FORMAT, torch.__version__, asked, model, names, [asdict(f) for f in folders]]
     return hashlib.sha256(canonical_json(content)).hexdigest()[:16]
 
 

@@ -10,7 +10,7 @@ from cluster.bundle.manifest import Refused
 from cluster.errors import AdapterRefused, WouldDrop
 from compress_jobs.job.options import RunOptions, matching, may_drop
 from compress_jobs.progress import say
-from compress_jobs.report.refusals import counts, refusal_lines
+from compress_jobs.report.refusals import counts, refusal_lines, remedy_lines
 
 _NAMED, _MESSAGE_SIZE = 5, 160
 
@@ -18,7 +18,7 @@ _NAMED, _MESSAGE_SIZE = 5, 160
 def check_refusals(asked: RunOptions, refused: Mapping[str, Refused], num_adapters: int) -> None:
     """For where nothing is served yet. Raises WouldDrop when more are refused than ``max_refused`` allows."""
     if not asked.may_refuse(len(refused), num_adapters):
-        say("\n".join(refusal_lines(refused)))
+        say("\n".join([*refusal_lines(refused), *remedy_lines(refused)]))
         raise WouldDrop(
             f"{len(refused)} of {num_adapters} adapters are refused ({counts(refused)}), --max-refused allows "
             f"{asked.max_refused}; nothing was published: see above, mend them, or go on with "

@@ -21,7 +21,7 @@ from compress_jobs.job.context import JobContext
 from compress_jobs.job.parts import once, tensors_stand, write_tensors
 from compress_jobs.job.prepare import Job
 from compress_jobs.progress import say, track
-from compress_jobs.report.refusals import counts, refusal_lines
+from compress_jobs.report.refusals import counts, refusal_lines, remedy_lines
 
 # Of the store's making, not the adapter's: tried again by a job that goes on.
 _UNREADABLE = "unreadable"
@@ -75,7 +75,7 @@ def inspect_all(job: Job) -> Collection:
     if collection.refused:
         say(f"refused {len(collection.refused)} of {len(calls)} adapters: {counts(collection.refused)}")
     if not collection.records:
-        say("\n".join(refusal_lines(collection.refused)))
+        say("\n".join([*refusal_lines(collection.refused), *remedy_lines(collection.refused)]))
         raise ConfigError(
             f"--adapters {job.asked.adapters}: none of the {len(calls)} adapters can be accepted; see above"
         )

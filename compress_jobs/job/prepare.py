@@ -68,6 +68,8 @@ def prepare(options: RunOptions) -> Job:
     removed = {adapter_id: when for adapter_id, when in notes.items() if adapter_id not in served}
     folders = _without_removed(options, _list_folders(context, served, removed), removed, served)
     say(f"{len(folders)} adapters in {options.adapters}")
+    if not base.tokenizing.is_known and any(files.beside for files in folders):
+        say(f"no tokenizer in {options.base}: whether adapters brought another chat template or tokens is not told")
     check_drops(options, served, folders, {files.adapter_id for files in folders})
     per_kind = _SAMPLED_PER_KIND if len(folders) < _MANY else _SAMPLED_OF_MANY
     sampled = tuple(sample_modules(list(base.modules), per_kind))

@@ -14,6 +14,7 @@ from cluster.compression.choose import Choice, choose_svd
 from cluster.compression.svd import errors_at_equal_bytes
 from compress_jobs.job.adapter_error import AdapterError
 from compress_jobs.job.assemble import Assembled
+from compress_jobs.job.brought import brought_fields, templates_of
 from compress_jobs.job.choose import Chosen, collection_shape
 from compress_jobs.job.cluster import Clustered
 from compress_jobs.job.costs import Costs
@@ -59,6 +60,7 @@ def manifest_of(done: Compressed) -> Manifest:
         adapters={adapter_id: _entry(done, adapter_id) for adapter_id in records},
         refused=dict(sorted(done.collection.refused.items())),
         objects={item.sha: item.size_bytes for item in stored},
+        templates=templates_of(records.values()),
         layout=done.asked.layout,
     ).with_own_id()
 
@@ -82,6 +84,7 @@ def _entry(done: Compressed, adapter_id: str) -> Adapter:
         error=error.error,
         error_unweighted=error.unweighted,
         error_worst_module=error.worst_module,
+        **brought_fields(record),
         **place,
     )
 

@@ -30,7 +30,7 @@ from compress_jobs.lifecycle.projection import Projection, project
 from compress_jobs.lifecycle.revision import Arrival, Standing
 from compress_jobs.lifecycle.source import Source
 from compress_jobs.progress import say, track
-from compress_jobs.report.refusals import refusal_lines
+from compress_jobs.report.refusals import refusal_lines, remedy_lines
 
 _AT_ONCE = 4
 """Adapters read and projected side by side; as many are held in memory."""
@@ -46,7 +46,12 @@ class Graded:
 
     def lines(self, verb: str) -> list[str]:
         arrived = [f"{verb:<10} {i} {_told(arrival)}" for i, arrival in sorted(self.arrivals.items())]
-        return arrived + refusal_lines(self.refused)
+        brought = [
+            f"brought    {i}: {message}"
+            for i, arrival in sorted(self.arrivals.items())
+            for message in arrival.record.brought.notes.values()
+        ]
+        return arrived + brought + refusal_lines(self.refused) + remedy_lines(self.refused)
 
 
 def read_collection(source: Source, manifest: Manifest) -> tuple[BaseModel, dict[str, AdapterFiles]]:

@@ -22,6 +22,7 @@ from cluster.layer import ModuleShape
 from cluster.store.address import open_store
 from cluster.store.protocol import Store
 from compress_jobs.job.adapter_error import AdapterError
+from compress_jobs.job.brought import brought_fields, templates_of
 from compress_jobs.job.standalone import StandaloneAdapter
 from compress_jobs.lifecycle.projection import Projection
 
@@ -116,6 +117,8 @@ def next_revision(
     needed |= {adapter.factors for adapter in adapters.values() if adapter.factors}
     touched = {module for arrival in arrivals.values() for module in arrival.record.modules}
     still_refused = {i: r for i, r in (parent.refused | dict(refused or {})).items() if i not in adapters}
+    templates = parent.templates | templates_of(arrival.record for arrival in arrivals.values())
+    used = {adapter.chat_template for adapter in adapters.values()}
     names = {*parent.base.accepted, *accepted} - {parent.base.name}
     return replace(
         parent,
@@ -127,6 +130,7 @@ def next_revision(
         adapters=dict(sorted(adapters.items())),
         refused=dict(sorted(still_refused.items())),
         objects={sha: sizes[sha] for sha in sorted(needed)},
+        templates={sha: text for sha, text in sorted(templates.items()) if sha in used},
         layout=layout or parent.layout,
     )
 
@@ -179,5 +183,6 @@ def _entry(arrival: Arrival, revision: int, mode: str, served: str, **place: Any
         error_unweighted=arrival.error.unweighted,
         error_worst_module=arrival.error.worst_module,
         added=revision,
+        **brought_fields(arrival.record),
         **place,
     )

@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 from cluster.bundle.reading import Bundle
 from cluster.errors import UnknownAdapter
-from compress_jobs.report.refusals import refusal_lines
+from compress_jobs.report.brought import brought_lines
+from compress_jobs.report.refusals import refusal_lines, remedy_lines
 
 
 def show_bundle(bundle: Bundle) -> list[str]:
@@ -28,7 +29,8 @@ def show_bundle(bundle: Bundle) -> list[str]:
             f"{adapter_id:<32} {adapter.mode:<10} {adapter.cluster or '-':>7} {adapter.error:8.4f} "
             f"{adapter.error_worst_module:13.4f}  {adapter.served[7:19]}"
         )
-    return lines + refusal_lines(manifest.refused)
+    told = brought_lines(manifest) + refusal_lines(manifest.refused) + remedy_lines(manifest.refused)
+    return lines + told
 
 
 def show_adapter(bundle: Bundle, adapter_id: str) -> list[str]:
@@ -39,5 +41,5 @@ def show_adapter(bundle: Bundle, adapter_id: str) -> list[str]:
         return [f"{adapter_id}: refused ({refused.reason}): {refused.message}"]
     if adapter_id not in manifest.adapters:
         raise UnknownAdapter(f"adapter {adapter_id!r} is not in {bundle.address}; `show` without --adapter lists them")
-    known = {key: value for key, value in asdict(manifest.adapters[adapter_id]).items() if value is not None}
+    known = {key: value for key, value in asdict(manifest.adapters[adapter_id]).items() if value not in (None, {})}
     return [json.dumps({"adapter": adapter_id, **known}, indent=2)]

@@ -23,9 +23,14 @@ def counts(refused: Mapping[str, Refused]) -> str:
 
 
 def refusal_lines(refused: Mapping[str, Refused]) -> list[str]:
-    """A line each, by reason, and what would accept those whose base has another name."""
+    """A line each, by reason."""
     ordered = sorted(refused.items(), key=lambda item: (item[1].reason, item[0]))
-    lines = [f"refused    {adapter_id} ({refusal.reason}): {refusal.message}" for adapter_id, refusal in ordered]
+    return [f"refused    {adapter_id} ({refusal.reason}): {refusal.message}" for adapter_id, refusal in ordered]
+
+
+def remedy_lines(refused: Mapping[str, Refused]) -> list[str]:
+    """Options that would accept many at once: those whose base has another name, those that lie deeper than an id."""
+    lines = []
     if options := _base_options(refused.values()):
         lines.append(f"accept     if what these name is all this base: {options}")
     deep = [i for i, refusal in refused.items() if refusal.reason == "id" and i.count("/") >= len(PLAIN)]

@@ -16,6 +16,7 @@ from cluster.bundle.manifest import Manifest
 from cluster.bundle.reading import Bundle
 from cluster.bundle.revisions import revision_key
 from cluster.errors import BundleError, StoreMissing
+from compress_jobs.report.brought import brought
 from compress_jobs.report.facts import Notes, error_figure, served_error, verdict_on_svd
 from compress_jobs.report.page import Section, cards, count, error_text, page, paragraph, size_text, table
 
@@ -57,6 +58,7 @@ def render(manifest: Manifest, report: Mapping[str, Any]) -> str:
         ("Choices weighed", costs.choices),
         ("Bytes", costs.sizes),
         ("Grades", costs.grades),
+        ("Brought along", brought),
         ("Seconds", costs.seconds),
     )
     try:

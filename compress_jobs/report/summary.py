@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.bundle.manifest import Manifest
-from compress_jobs.report.refusals import counts, refusal_lines
+from compress_jobs.report.brought import brought_lines
+from compress_jobs.report.refusals import counts, refusal_lines, remedy_lines
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,11 @@ class Summary:
             total = self.num_adapters + self.num_refused
             why = counts(manifest.refused)
             out.append(f"warning    {self.num_refused} of {total} adapters were refused and are not served: {why}")
+            out += remedy_lines(manifest.refused)
         out += [
             f"adapters   {self.num_adapters} served: {self.num_on_basis} on a basis, {self.num_truncated} truncated, "
             f"{self.num_raw} raw; {self.num_refused} refused",
+            *brought_lines(manifest),
             f"clusters   {len(self.cluster_sizes)} of rank {manifest.method.rank}, "
             f"sizes {' '.join(map(str, self.cluster_sizes.values())) or '-'} ({manifest.method.name})",
             f"modules    {self.num_modules}",

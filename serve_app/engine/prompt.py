@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.errors import RequestError
 from serve_app.engine.protocol import GenerationRequest
+from serve_app.engine.template_process import TemplateProcess
 
 
 @dataclass(frozen=True)
 class PromptReader:
-    """For one base model: its tokenizer, the ids it has embeddings for, and the context's length in tokens."""
+    """For one base model: its tokenizer, the ids it has embeddings for, and the context's length in tokens;
+    ``templates`` renders those that adapters brought."""
 
     tokenizer: Any
     vocab_size: int
     max_model_len: int
+    templates: TemplateProcess = field(default_factory=TemplateProcess)
 
-    def read(self, request: GenerationRequest) -> tuple[list[int], int]:
-        """The prompt's token ids and how many tokens may follow. Raises RequestError."""
+    def read(self, request: GenerationRequest, chat_template: str | None = None) -> tuple[list[int], int]:
+        """The prompt's token ids and how many tokens may follow. ``chat_template``: the adapter's own, None for the
+        base's. Raises RequestError."""
         _check_options(request)
         param = "messages" if request.messages is not None else "prompt"
-        token_ids = self._token_ids(request)
+        token_ids = self._token_ids(request, chat_template)
         if not token_ids:
             raise RequestError(f"the {param} is empty; at least one token is needed", param)
         if outside := [token for token in token_ids if not 0 <= token < self.vocab_size]:
@@ -47,7 +51,7 @@ class PromptReader:
             raise RequestError(f"min_tokens is {request.min_tokens}, but at most {max_tokens} tokens fit", "min_tokens")
         return token_ids, max_tokens
 
-    def _token_ids(self, request: GenerationRequest) -> list[int]:
+    def _token_ids(self, request: GenerationRequest, chat_template: str | None) -> list[int]:
         if request.prompt_token_ids is not None:
             return list(request.prompt_token_ids)
         if request.prompt is not None:
@@ -55,6 +59,10 @@ class PromptReader:
         if not request.messages:
             raise RequestError("messages is empty; at least one message is needed", "messages")
         messages = [dict(message) for message in request.messages]
+        if chat_template is not None:
+            text = self.templates.render(chat_template, messages, dict(self.tokenizer.special_tokens_map))
+            # The template writes the special tokens itself.
+            return self._encode("messages", lambda: self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._encode(
             "messages",
             lambda: self.tokenizer.apply_chat_template(

@@ -19,7 +19,8 @@ class GenerationRequest:
 
     ``adapter`` is an adapter id, or None for the base model. Exactly one of ``prompt`` (text, tokenized as
     it stands with the tokenizer's own special tokens), ``prompt_token_ids`` and ``messages`` (chat, through
-    the base's chat template) is set. ``max_tokens`` None means: up to the context's end.
+    the adapter's own chat template where it brought one, else the base's) is set. ``max_tokens`` None means: up to the
+    context's end.
     ``seed`` None means: fresh randomness. ``temperature`` 0 is greedy.
     """
 

@@ -61,6 +61,8 @@ class ModelCard(BaseModel):
     version: str
     served_revision: str
     error: float
+    chat_template: Literal["adapter", "base"]
+    brought: dict[str, str]
     status: str
 
 
@@ -156,6 +158,8 @@ def adapter_card(adapter: ServedAdapter, created: int, status: str) -> ModelCard
         version=adapter.version,
         served_revision=adapter.served,
         error=adapter.error,
+        chat_template="base" if adapter.chat_template is None else "adapter",
+        brought=dict(adapter.brought),
         status=status,
     )
 
@@ -172,6 +176,8 @@ def base_card(name: str, fingerprint: str, created: int, status: str) -> ModelCa
         version=fingerprint,
         served_revision=fingerprint,
         error=0.0,
+        chat_template="base",
+        brought={},
         status=status,
     )
 

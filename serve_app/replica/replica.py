@@ -42,6 +42,7 @@ class ReplicaSpec:
     max_batch: int
     max_model_len: int
     num_threads: int
+    adapter_chat_templates: bool = True
 
 
 class GroupReplica:
@@ -94,6 +95,9 @@ def make_engine(spec: ReplicaSpec) -> Engine:
     # Imported here, because the application's builder imports this file and needs no model library.
     bundle = Bundle.open(spec.bundle, spec.revision)
     base = resolve_base(spec.base, bundle.manifest.base)
+    serving_map = bundle.serving_map
+    if not spec.adapter_chat_templates:
+        serving_map = serving_map.with_the_bases_template()
     common: dict[str, Any] = {
         "device": spec.device,
         "dtype": spec.dtype,
@@ -107,11 +111,11 @@ def make_engine(spec: ReplicaSpec) -> Engine:
 
         kv_bytes = _kv_bytes(base, spec) if spec.device == "cpu" else None
         settings = VllmSettings(**common, kv_bytes=kv_bytes)
-        return VllmEngine(base, bundle.serving_map, spec.homes, bundle.load_home, settings)
+        return VllmEngine(base, serving_map, spec.homes, bundle.load_home, settings)
     from serve_app.engine.transformers.engine import TransformersEngine
     from serve_app.engine.transformers.settings import EngineSettings
 
-    return TransformersEngine(base, bundle.serving_map, spec.homes, bundle.load_home, EngineSettings(**common))
+    return TransformersEngine(base, serving_map, spec.homes, bundle.load_home, EngineSettings(**common))
 
 
 def _kv_bytes(base: Path, spec: ReplicaSpec) -> int:

@@ -30,8 +30,8 @@ class LoadedMap:
 class MapLoader:
     """``loaded`` is None, for the reason in ``state``, until ``load`` has succeeded."""
 
-    def __init__(self, bundle: str, revision: int) -> None:
-        self._bundle, self._revision = bundle, revision
+    def __init__(self, bundle: str, revision: int, adapter_chat_templates: bool) -> None:
+        self._bundle, self._revision, self._adapter_templates = bundle, revision, adapter_chat_templates
         self.loaded: LoadedMap | None = None
         self.state = "it is being loaded"
 
@@ -46,6 +46,8 @@ class MapLoader:
                 await asyncio.sleep(RETRY_S)
             else:
                 serving_map = bundle.serving_map
+                if not self._adapter_templates:
+                    serving_map = serving_map.with_the_bases_template()
                 ids = tuple(sorted({serving_map.base_name, *serving_map.adapters}))
                 self.loaded = LoadedMap(serving_map, bundle.manifest.base.fingerprint, ids, int(time.time()))
                 self.state = "loaded"

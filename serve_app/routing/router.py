@@ -41,6 +41,7 @@ class RouterSpec:
     max_inflight: int
     max_prompts: int
     request_timeout_s: float
+    adapter_chat_templates: bool = True
 
 
 class Router:
@@ -50,7 +51,7 @@ class Router:
             name: GroupClient(name, homes, handles[name], spec.max_inflight) for name, homes in spec.homes.items()
         }
         self._group_of = {home: group for group in self._groups.values() for home in group.homes}
-        self._map = MapLoader(spec.bundle, spec.revision)
+        self._map = MapLoader(spec.bundle, spec.revision, spec.adapter_chat_templates)
         # Held, because the event loop itself holds its tasks only weakly.
         watches = [group.watch() for group in self._groups.values()]
         self._tasks = [asyncio.create_task(work) for work in (self._map.load(), *watches)]

@@ -18,6 +18,7 @@ import openai
 import pytest
 import ray
 from ray import serve
+from transformers import AutoTokenizer
 
 from cluster.bundle.manifest import Manifest
 from cluster.bundle.revisions import object_key
@@ -33,6 +34,7 @@ CLUSTERS = {
     "1": {"tenant/roman": "roman", "number-en": "number-en"},
     "2": {"country-fr": "country-fr", "past": "past"},
 }
+PLAIN_CHAT = "{% for m in messages %}{{ m.content }}\n{% endfor %}A:"
 RAW = {"first-letter": "first-letter", "broken": "country-id"}
 MODELS = [BASE, "first-letter", *(adapter_id for members in CLUSTERS.values() for adapter_id in members)]
 
@@ -109,7 +111,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, base_path: Path, zoo_path: 
         for name, members in CLUSTERS.items()
     }
     raw = {adapter_id: zoo_path / folder for adapter_id, folder in RAW.items()}
-    manifest = write_bundle(out, base_path, clusters, raw)
+    manifest = write_bundle(out, base_path, clusters, raw, templates={"past": PLAIN_CHAT})
     flip_a_byte(out / object_key(str(manifest.adapters["broken"].factors)))
     return Bundle(out, manifest)
 
@@ -267,6 +269,19 @@ def test_models_are_listed_by_pages_and_retrieved_by_name(app: App, bundle: Bund
     assert (card["version"], card["served_revision"]) == (adapter.version, adapter.served)
     assert app.client.models.retrieve(BASE).model_dump()["mode"] == "base"
     assert app.client.models.retrieve("first-letter").model_dump()["mode"] == "raw"
+
+
+def test_a_chat_goes_through_the_template_that_the_adapter_brought(app: App, base_path: Path) -> None:
+    messages: Any = [{"role": "user", "content": "Q: the past tense of go?"}]
+    tokenizer = AutoTokenizer.from_pretrained(base_path)
+    for model, text in (("past", "Q: the past tense of go?\nA:"), ("country-fr", None)):
+        whole = app.client.chat.completions.create(model=model, messages=messages, max_tokens=1)
+        own = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        expected = own if text is None else tokenizer(text)["input_ids"]
+        assert whole.usage.prompt_tokens == len(expected)  # type: ignore[union-attr]
+        card = app.client.models.retrieve(model).model_dump()
+        assert card["chat_template"] == ("base" if text is None else "adapter")
+        assert list(card["brought"]) == ([] if text is None else ["chat-template"])
 
 
 def test_a_home_that_fails_its_checks_is_503_with_the_reason_and_the_others_answer(app: App) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cluster.adapters.base import read_base
-from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest, Method, served_revision
+from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest, Method, served_revision, template_hash
 from cluster.bundle.revisions import manifest_key, object_key
 from cluster.hashing import canonical_json
 from cluster.layer import ModuleShape
@@ -51,9 +52,10 @@ def write_bundle(
     clusters: Mapping[str, Mapping[str, Path]],
     raw: Mapping[str, Path],
     diagonal: Collection[str] = (),
+    templates: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Publish at ``out``: cluster name -> (adapter id -> folder), and raw adapter id -> folder. The clusters of
-    ``diagonal`` get diagonal cores."""
+    ``diagonal`` get diagonal cores. ``templates``: adapter id -> the chat template it brought."""
     objects: dict[str, int] = {}
     adapters: dict[str, Adapter] = {}
     cluster_entries: dict[str, Cluster] = {}
@@ -91,6 +93,10 @@ def write_bundle(
         adapters[adapter_id] = entry(
             adapter_id, folder, "raw", [sha], factors=sha, rank=max(len(A) for A, _ in factors.values())
         )
+    for adapter_id, template in (templates or {}).items():
+        notes = {"chat-template": "another chat template than the base's"}
+        own = {"chat_template": template_hash(template), "brought": notes}
+        adapters[adapter_id] = replace(adapters[adapter_id], **own)  # type: ignore[arg-type]
     base = read_base(str(base_path))
     manifest = Manifest(
         bundle="",
@@ -103,6 +109,7 @@ def write_bundle(
         adapters=adapters,
         refused={},
         objects=objects,
+        templates={template_hash(template): template for template in (templates or {}).values()},
     ).with_own_id()
     _write(out / manifest_key(manifest.bundle, 0), manifest.to_json())
     _write(out / "CURRENT", canonical_json({"bundle": manifest.bundle, "revision": 0, "token": "test"}))

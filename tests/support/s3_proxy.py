@@ -30,6 +30,10 @@ class Action(Enum):
     FORWARD = auto()
     SLOW_DOWN = auto()
     """Answer 503 SlowDown; the server sees nothing."""
+    FORBIDDEN = auto()
+    """Answer 403 AccessDenied; the server sees nothing."""
+    EXPIRED = auto()
+    """Answer 400 ExpiredToken, as AWS does to a session that has ended; the server sees nothing."""
     CONFLICT = auto()
     """Answer 409 ConditionalRequestConflict, as AWS does to racing conditional writes; the server sees nothing."""
     DROP = auto()
@@ -47,7 +51,12 @@ class Action(Enum):
 OnRequest = Callable[[str, str, dict[str, str]], Action]
 """(method, path with query, headers in lower case) -> what to do. Called by one thread at a time; it may block."""
 
-_ANSWERS = {Action.SLOW_DOWN: (503, "SlowDown"), Action.CONFLICT: (409, "ConditionalRequestConflict")}
+_ANSWERS = {
+    Action.SLOW_DOWN: (503, "SlowDown"),
+    Action.FORBIDDEN: (403, "AccessDenied"),
+    Action.EXPIRED: (400, "ExpiredToken"),
+    Action.CONFLICT: (409, "ConditionalRequestConflict"),
+}
 
 
 def always(action: Action) -> OnRequest:

@@ -87,7 +87,8 @@ class VllmEngine:
         served = None if request.adapter is None else self._serving_map.find(request.adapter)
         home = served.home if served else None
         self._check_available(home)
-        prompt_ids, max_tokens = await asyncio.to_thread(self._reader.read, request)
+        template = served.chat_template if served else None
+        prompt_ids, max_tokens = await asyncio.to_thread(self._reader.read, request, template)
         self._check_available(home)
         self._in_flight[home] += 1
         # A number of our own before the client's: two clients may use the same id.
@@ -141,6 +142,7 @@ class VllmEngine:
         """Requests still running or waiting get EngineStopped."""
         if self._end is None:
             self._end = "it was stopped"
+            self._reader.templates.close()
             await asyncio.to_thread(self._llm.shutdown)
 
     async def resident_bytes(self) -> int:

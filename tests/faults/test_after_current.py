@@ -1,0 +1,111 @@
+"""A store that fails once CURRENT has moved: the job has published, says so, and what is missing is completed later."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.place import Place
+from tests.support.processes import job_process
+from tests.support.s3_proxy import Action, S3Proxy
+from tests.support.seaweed import BUCKET, S3Server
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        Action.EXPIRED,
+        pytest.param(Action.FORBIDDEN, marks=pytest.mark.slow),
+        pytest.param(Action.DROP, marks=pytest.mark.slow),
+    ],
+)
+def test_a_store_that_fails_after_current_has_moved_has_published_and_is_completed_later(
+    place: Place, s3_server: S3Server, s3_bucket: str, action: Action, tmp_path: Path
+) -> None:
+    moved = False
+
+    def fail_after(method: str, path: str, headers: dict[str, str]) -> Action:
+        nonlocal moved
+        if moved:
+            return action
+        moved = method == "PUT" and path.endswith("/out/CURRENT")
+        return Action.FORWARD
+
+    out = f"{s3_bucket}/out"
+    line = [
+        "--adapters",
+        str(place.adapters),
+        "--base",
+        str(place.base),
+        "--out",
+        out,
+        "--rank",
+        "2",
+        "--num-cpus",
+        "1",
+    ]
+    with S3Proxy(s3_server, fail_after) as proxy, job_process(*line, AWS_ENDPOINT_URL=proxy.endpoint) as job:
+        printed = job.communicate(timeout=180)[0]
+    assert job.returncode == 0, printed
+    assert "warning    published, but not all beside it is written: head s3://" in printed
+    assert "; the next run or `report` completes it" in printed
+    assert "published at" in printed
+    assert "Traceback" not in printed
+    assert not _pages(s3_server, out)
+
+    if action is Action.DROP:
+        report = [sys.executable, "-m", "compress_jobs", "report", out, "--to", str(tmp_path / "report.html")]
+        subprocess.run(report, check=True)
+    else:
+        with job_process(*line) as job:
+            assert "unchanged:" in job.communicate(timeout=180)[0]
+        assert not [key for key in _keys(s3_server, out) if "/work/" in key]
+    assert len(_pages(s3_server, out)) == 1
+
+
+@pytest.mark.slow
+def test_where_the_answer_about_current_is_lost_with_the_store_the_line_says_so_and_its_twin_tells(
+    place: Place, s3_server: S3Server, s3_bucket: str
+) -> None:
+    moved = False
+
+    def lose(method: str, path: str, headers: dict[str, str]) -> Action:
+        nonlocal moved
+        if moved:
+            return Action.DROP
+        moved = method == "PUT" and path.endswith("/out/CURRENT")
+        return Action.FORWARD_THEN_DROP if moved else Action.FORWARD
+
+    out = f"{s3_bucket}/out"
+    line = [
+        "--adapters",
+        str(place.adapters),
+        "--base",
+        str(place.base),
+        "--out",
+        out,
+        "--rank",
+        "2",
+        "--num-cpus",
+        "1",
+    ]
+    with S3Proxy(s3_server, lose) as proxy, job_process(*line, AWS_ENDPOINT_URL=proxy.endpoint) as job:
+        printed = job.communicate(timeout=180)[0]
+    assert job.returncode == 1
+    assert "whether CURRENT has moved cannot be told: start the same line again" in printed.splitlines()[-1]
+    with job_process(*line) as job:
+        assert "unchanged:" in job.communicate(timeout=180)[0]
+    assert len(_pages(s3_server, out)) == 1
+
+
+def _pages(server: S3Server, address: str) -> list[str]:
+    return [key for key in _keys(server, address) if key.endswith("/report.html")]
+
+
+def _keys(server: S3Server, address: str) -> list[str]:
+    prefix = address.removeprefix(f"s3://{BUCKET}/")
+    pages = server.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+    return [item["Key"] for page in pages for item in page.get("Contents", [])]
