@@ -37,7 +37,8 @@ FOREIGN = {
     "pip": {"-c", "-e", "--no-deps", "--target"},
     "curl": {"-s", "-H", "-d", "-i", "-N"},
     "git": {"--follow"},
-    "ray": {"--working-dir", "--address"},
+    "ray": {"--working-dir", "--address", "--runtime-env"},
+    "kubectl": {"-o"},
 }
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 
@@ -95,7 +96,7 @@ def check_command(words: list[str]) -> None:
             check_command(options[split + 1 :])
         case ["curl", *arguments]:
             check_curl(arguments)
-        case [("pip" | "git") as tool, *arguments]:
+        case [("pip" | "git" | "kubectl") as tool, *arguments]:
             assert {word for word in arguments if word.startswith("-")} <= FOREIGN[tool], line
         case _:
             pytest.fail(f"{line}: a command that this test does not know")
