@@ -20,6 +20,7 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "generation_config.json",
 )
+UNREADABLE = "unreadable"
 MAX_TEMPLATE_SIZE = 64 << 10
 # Of tokenizer.json this much is read, megabytes as it has: what was added stands before the vocabulary.
 _READ_BYTES = 1 << 20
@@ -104,7 +105,7 @@ def brought_along(own: Tokenizing, base: Tokenizing, vocabulary_size: int | None
         beyond = vocabulary_size is not None and token_id >= vocabulary_size
         notes["added-tokens"] = told + (f", beyond the base's vocabulary of {vocabulary_size})" if beyond else ")")
     if own.unreadable:
-        notes["unreadable"] = f"{', '.join(own.unreadable)} cannot be read, so what they say is not known"
+        notes[UNREADABLE] = f"{', '.join(own.unreadable)} cannot be read, so what they say is not known"
     return Brought(notes, template)
 
 

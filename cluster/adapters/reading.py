@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from cluster.adapters.base import BaseModel
-from cluster.adapters.brought import brought_along, read_tokenizing
+from cluster.adapters.brought import UNREADABLE, Brought, brought_along, read_tokenizing
 from cluster.adapters.checks import Refuse, check_id, check_patterns, paired_places, plain_names, tensor_name
 from cluster.adapters.config import parse_adapter_config
 from cluster.adapters.factors import Factors, factored_energy
@@ -87,7 +87,7 @@ def read_adapter(store: Store, files: AdapterFiles, base: BaseModel) -> tuple[Ad
     record = AdapterRecord(
         adapter_id=files.adapter_id,
         key=files.weights.key,
-        version=_version(config_bytes, tensors, brought.chat_template),
+        version=_version(config_bytes, tensors, brought),
         etag=weights.etag,
         size_bytes=len(weights.data),
         modules=modules,
@@ -160,9 +160,12 @@ def _places(refuse: Refuse, data: bytes) -> dict[str, TensorPlace]:
         raise refuse("corrupt", f"{WEIGHTS_FILE}: {error}; upload it again") from None
 
 
-def _version(config: bytes, tensors: dict[str, Tensor], chat_template: str | None) -> str:
-    """A template that is applied is part of what the adapter answers."""
-    content = [hashlib.sha256(config).hexdigest(), hash_tensors(tensors), *([chat_template] if chat_template else [])]
+def _version(config: bytes, tensors: dict[str, Tensor], brought: Brought) -> str:
+    """What was brought along is part of it, so that `update` takes up another template; what cannot be read is not,
+    for the next time it may."""
+    content: list[object] = [hashlib.sha256(config).hexdigest(), hash_tensors(tensors)]
+    if notes := {kind: note for kind, note in brought.notes.items() if kind != UNREADABLE}:
+        content += [notes, brought.chat_template]
     return "sha256:" + hashlib.sha256(canonical_json(content)).hexdigest()
 
 

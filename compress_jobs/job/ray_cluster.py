@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -24,7 +25,7 @@ from compress_jobs.host.submission import is_submitted
 from compress_jobs.job.options import RunOptions
 from compress_jobs.progress import say
 
-_PATIENCE_S = 25
+_PATIENCE_S = 22
 _SEEN_S = 60
 _MAX_MESSAGE_SIZE = 300
 _PROBE = "import ray; ray.init(log_to_driver=False); ray.shutdown()"
@@ -79,26 +80,32 @@ def check_shared(options: RunOptions, store: Store, files: AdapterFiles, relativ
     key, token = f"work/shared-{uuid4().hex}", uuid4().hex.encode()
     store.write(key, token)
     try:
-        for node in strange:
-            if problem := _problem_on(node, options, key, token, files):
+        # All at once: a node may have to start a worker first.
+        asked = [(node, _ask(node, options.adapters, options.out, key, token, files)) for node in strange]
+        for node, answer in asked:
+            where = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            if problem := _answer(answer, where):
                 raise ConfigError(
-                    f"{problem} on Ray's node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}); give "
-                    "s3://bucket/prefix, or a folder that all nodes share at one path"
+                    f"{problem} on Ray's node {where}; give s3://bucket/prefix, or a folder that all nodes share at "
+                    "one path"
                 )
     finally:
         store.delete(key)
 
 
-def _problem_on(node: dict[str, str], options: RunOptions, key: str, token: bytes, files: AdapterFiles) -> str | None:
+def _ask(node: dict[str, str], *question: object) -> Any:
     pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    look = ray.remote(num_cpus=0, scheduling_strategy=pinned)(_unseen)
+    return ray.remote(num_cpus=0, scheduling_strategy=pinned)(_unseen).remote(*question)
+
+
+def _answer(reference: Any, where: str) -> str | None:
     try:
-        problem: str | None = ray.get(look.remote(options.adapters, options.out, key, token, files), timeout=_SEEN_S)
+        problem: str | None = ray.get(reference, timeout=_SEEN_S)
         return problem
     except (ray.exceptions.RayError, RuntimeError) as error:
         raise CtsError(
-            f"Ray's node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) cannot run the job's tasks: "
-            f"{_one_line(str(error))}; see that this package and its requirements are installed there"
+            f"Ray's node {where} cannot run the job's tasks: {_one_line(str(error))}; see that this package and its "
+            "requirements are installed there"
         ) from None
 
 

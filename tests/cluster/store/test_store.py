@@ -528,6 +528,16 @@ def test_a_store_that_ignores_conditional_writes_is_found_out(
     assert list(store.list()) == []
 
 
+def test_a_store_that_creates_where_it_should_replace_is_found_out(s3_bucket: str, proxy: S3Proxy) -> None:
+    proxy.on_request = lambda method, path, headers: (
+        Action.STRIP_CONDITIONS if method == "PUT" and path.endswith("-absent") else Action.FORWARD
+    )
+    store = open_store(s3_bucket)
+    with pytest.raises(StoreUnsafe, match=r"creates an object by a write that is only to replace one \(If-Match\)"):
+        store.check_conditional_writes()
+    assert list(store.list()) == []
+
+
 def test_a_store_that_does_not_answer_is_waited_for_once(s3_bucket: str, proxy: S3Proxy) -> None:
     """Not a second time, to remove the probe: a silent endpoint would take a job close to a minute to name."""
     store = open_store(s3_bucket)
