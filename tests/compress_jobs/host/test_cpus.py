@@ -62,7 +62,8 @@ def test_plan_and_workers_keep_to_the_affinity(place: Place) -> None:
     assert "on 1 CPUs" in done.stdout
     count = (
         "import ray; from compress_jobs.job.options import RunOptions; "
-        "from compress_jobs.job.ray_cluster import connect; connect(RunOptions(adapters='a', base='b', out='c')); print(ray.cluster_resources()['CPU'])"
+        "from compress_jobs.job.ray_cluster import connect; "
+        "connect(RunOptions(adapters='a', base='b', out='c')); print(ray.cluster_resources()['CPU'])"
     )
     done = subprocess.run(
         ["taskset", "-c", one, sys.executable, "-c", count], capture_output=True, text=True, check=True
