@@ -64,11 +64,13 @@ def run(*command: str, **more: str) -> str:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[str, str]]:
     """A Ray head of this module's own with its dashboard: the dashboard's address and Ray's own."""
-    port, dashboard_port = (free_port() for _ in range(2))
+    port, dashboard_port, agent_port, client_port = (free_port() for _ in range(4))
     command = [
         *(str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=8"),
         *(f"--port={port}", "--node-ip-address=127.0.0.1", "--object-store-memory=200000000"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"),
+        # Ray's own defaults are taken where another Ray runs on this machine.
+        *(f"--dashboard-agent-listen-port={agent_port}", f"--ray-client-server-port={client_port}"),
     ]
     with running(*command, **environment()) as process:
         dashboard = f"http://127.0.0.1:{dashboard_port}"
