@@ -4,10 +4,11 @@ token, or tokens that were added. None of it is a reason to refuse; who serves t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cluster.adapters.mistaken import mistaken_for
 from cluster.adapters.tensor_file import shorten
 from cluster.errors import StoreConflict, StoreForbidden, StoreMissing
 from cluster.store.protocol import Entry, Store
@@ -25,12 +26,13 @@ MAX_TEMPLATE_SIZE = 64 << 10
 # Of tokenizer.json this much is read, megabytes as it has: what was added stands before the vocabulary.
 _READ_BYTES = 1 << 20
 _ADDED = '"added_tokens"'
+_MOST_ENDS = 32
 
 
 @dataclass(frozen=True)
 class Tokenizing:
     """What a folder's tokenizer files say; None, or nothing, where they do not. ``end_ids``: token ids that end an
-    answer; ``added``: text of each added token -> its id."""
+    answer; ``added``: text of each added token -> its id; ``unreadable``: files that cannot be understood."""
 
     chat_template: str | None = None
     end_token: str | None = None
@@ -40,7 +42,7 @@ class Tokenizing:
 
     @property
     def is_known(self) -> bool:
-        return self != Tokenizing()
+        return replace(self, unreadable=()) != Tokenizing()
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ class Brought:
 
 
 def read_tokenizing(store: Store, entries: Iterable[Entry]) -> Tokenizing:
-    """Of one folder's TOKENIZER_FILES. Raises StoreUnreachable; a file that cannot be read otherwise is named in
+    """Of one folder's TOKENIZER_FILES. Raises StoreUnreachable; a file that cannot be read or understood is named in
     ``unreadable``."""
-    documents: dict[str, Any] = {}
+    said: dict[str, Tokenizing] = {}
     unreadable = []
     for entry in entries:
         name = entry.key.rpartition("/")[2]
@@ -63,22 +65,27 @@ def read_tokenizing(store: Store, entries: Iterable[Entry]) -> Tokenizing:
             data = store.read_range(entry.key, 0, min(entry.size_bytes, _READ_BYTES))
             # Where it is cut, a character may be too.
             text = data.decode(errors="ignore" if len(data) < entry.size_bytes else "strict")
-            documents[name] = _parsed(name, text)
-        except (ValueError, RecursionError, StoreConflict, StoreForbidden, StoreMissing):
+            if mistaken_for(data) is not None:
+                raise ValueError("something else")
+            said[name] = _READERS[name](text)
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            StoreConflict,
+            StoreForbidden,
+            StoreMissing,
+        ):
             unreadable.append(name)
-    config, special = (_object(documents.get(n)) for n in ("tokenizer_config.json", "special_tokens_map.json"))
-    generation = _object(documents.get("generation_config.json"))
-    return Tokenizing(
-        chat_template=documents.get("chat_template.jinja") or _template(config.get("chat_template")),
-        end_token=_text(config.get("eos_token")) or _text(special.get("eos_token")),
-        end_ids=_ids(generation.get("eos_token_id")),
-        added={
-            **_added_by_text(documents.get("added_tokens.json")),
-            **_added_by_id(config.get("added_tokens_decoder")),
-            **_added_listed(documents.get("tokenizer.json")),
-        },
-        unreadable=tuple(unreadable),
-    )
+
+    def first(what: str) -> Any:
+        found = (getattr(said[name], what) for name in TOKENIZER_FILES if name in said)
+        return next((value for value in found if value is not None), None)
+
+    added = {text: i for name in reversed(TOKENIZER_FILES) if name in said for text, i in said[name].added.items()}
+    return Tokenizing(first("chat_template"), first("end_token"), first("end_ids"), added, tuple(unreadable))
 
 
 def brought_along(own: Tokenizing, base: Tokenizing, vocabulary_size: int | None) -> Brought:
@@ -86,7 +93,7 @@ def brought_along(own: Tokenizing, base: Tokenizing, vocabulary_size: int | None
     if not base.is_known:
         return Brought()
     notes, template = {}, None
-    if own.chat_template is not None and own.chat_template.strip() != (base.chat_template or "").strip():
+    if own.chat_template is not None and _plain(own.chat_template) != _plain(base.chat_template):
         told = "another chat template than the base's" if base.chat_template else "a chat template; the base has none"
         if len(own.chat_template.encode()) > MAX_TEMPLATE_SIZE:
             told += f", of more than {MAX_TEMPLATE_SIZE >> 10} KiB: it is not applied"
@@ -99,64 +106,90 @@ def brought_along(own: Tokenizing, base: Tokenizing, vocabulary_size: int | None
         )
     elif own.end_ids is not None and base.end_ids is not None and own.end_ids != base.end_ids:
         notes["end-token"] = f"it was trained to end with token ids {own.end_ids}, the base ends with {base.end_ids}"
-    if new := sorted((token_id, text) for text, token_id in own.added.items() if base.added.get(text) != token_id):
+    # A base that tells of none has a tokenizer.json that is missing or no such file: nothing to compare with.
+    if new := sorted((i, text) for text, i in own.added.items() if base.added and base.added.get(text) != i):
         token_id, text = new[-1]
-        told = f"{len(new)} tokens that the base's tokenizer has not, such as {shorten(text)} (id {token_id}"
         beyond = vocabulary_size is not None and token_id >= vocabulary_size
-        notes["added-tokens"] = told + (f", beyond the base's vocabulary of {vocabulary_size})" if beyond else ")")
+        where = f"id {token_id}, beyond the base's vocabulary of {vocabulary_size}" if beyond else f"id {token_id}"
+        told = f"{len(new)} tokens are added or special here and not with the base, such as"
+        notes["added-tokens"] = f"{told} {shorten(text)} ({where})"
     if own.unreadable:
-        notes[UNREADABLE] = f"{', '.join(own.unreadable)} cannot be read, so what they say is not known"
+        notes[UNREADABLE] = f"{', '.join(own.unreadable)}: not understood, so what it says is not known"
     return Brought(notes, template)
 
 
-def _parsed(name: str, text: str) -> Any:
-    if name.endswith(".jinja"):
-        return text
-    if name != "tokenizer.json":
-        return json.loads(text)
+def _of_template(text: str) -> Tokenizing:
+    return Tokenizing(chat_template=_text(text))
+
+
+def _of_config(text: str) -> Tokenizing:
+    config = _object(text)
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    listed = (config.get("added_tokens_decoder") or {}).items()
+    added = {content: _id(int(i)) for i, token in listed if (content := _text(token)) is not None}
+    return Tokenizing(_text(template), _text(config.get("eos_token")), added=added)
+
+
+def _of_special_tokens(text: str) -> Tokenizing:
+    return Tokenizing(end_token=_text(_object(text).get("eos_token")))
+
+
+def _of_added_tokens(text: str) -> Tokenizing:
+    return Tokenizing(added={token: _id(i) for token, i in _object(text).items() if _text(token) is not None})
+
+
+def _of_tokenizer(text: str) -> Tokenizing:
     start = text.find(_ADDED)
     if start < 0:
-        return []
-    return json.JSONDecoder().raw_decode(text[start + len(_ADDED) :].lstrip().removeprefix(":").lstrip())[0]
+        return Tokenizing() if text.lstrip().startswith("{") else _of_added_tokens(text)
+    listed = json.JSONDecoder().raw_decode(text[start + len(_ADDED) :].lstrip().removeprefix(":").lstrip())[0]
+    return Tokenizing(added={content: _id(t["id"]) for t in listed or [] if (content := _text(t)) is not None})
 
 
-def _object(document: Any) -> dict[str, Any]:
-    return document if isinstance(document, dict) else {}
+def _of_generation(text: str) -> Tokenizing:
+    ids = _object(text).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    if ids == [None] or len(ids) > _MOST_ENDS:
+        return Tokenizing()
+    return Tokenizing(end_ids=tuple(sorted({_id(i) for i in ids})))
+
+
+_READERS: Mapping[str, Callable[[str], Tokenizing]] = {
+    "chat_template.jinja": _of_template,
+    "tokenizer_config.json": _of_config,
+    "special_tokens_map.json": _of_special_tokens,
+    "added_tokens.json": _of_added_tokens,
+    "tokenizer.json": _of_tokenizer,
+    "generation_config.json": _of_generation,
+}
+
+
+def _object(text: str) -> dict[str, Any]:
+    """Raises ValueError for anything else, but for null."""
+    document = json.loads(text)
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ValueError("no object")
+    return document
 
 
 def _text(token: Any) -> str | None:
-    """A token is a text, or an object with its content."""
+    """A token is a text, or an object with its content. None for an empty one, and for halves of characters, which JSON
+    can hold and no manifest can."""
     if isinstance(token, dict):
         token = token.get("content")
-    return token if _is_sound(token) else None
+    sound = isinstance(token, str) and token.strip() != "" and not any("\ud800" <= c <= "\udfff" for c in token)
+    return token if sound else None
 
 
-def _template(value: Any) -> str | None:
-    """One, or several by name."""
-    if isinstance(value, list):
-        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
-        value = named.get("default")
-    return value if _is_sound(value) else None
+def _id(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 31:
+        raise ValueError("no token id")
+    return value
 
 
-def _is_sound(text: Any) -> bool:
-    """JSON can hold halves of characters, which no manifest can."""
-    return isinstance(text, str) and text != "" and not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def _ids(value: Any) -> tuple[int, ...] | None:
-    ids = value if isinstance(value, list) else [value]
-    return tuple(sorted(ids)) if ids and all(type(i) is int for i in ids) else None
-
-
-def _added_by_text(document: Any) -> dict[str, int]:
-    return {text: i for text, i in _object(document).items() if type(i) is int}
-
-
-def _added_by_id(document: Any) -> dict[str, int]:
-    return {text: int(i) for i, token in _object(document).items() if (text := _text(token)) and i.isdecimal()}
-
-
-def _added_listed(document: Any) -> dict[str, int]:
-    tokens = document if isinstance(document, list) else []
-    return {text: t["id"] for t in tokens if (text := _text(t)) and type(t.get("id")) is int}
+def _plain(template: str | None) -> str:
+    return (template or "").replace("\r\n", "\n").strip()

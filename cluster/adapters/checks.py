@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 
 from cluster.adapters.base import BaseModel
 from cluster.adapters.config import AdapterConfig
+from cluster.adapters.layout import is_id
 from cluster.adapters.listing import WEIGHTS_FILE, printable
 from cluster.adapters.tensor_file import DTYPES, TensorPlace
 from cluster.errors import AdapterRefused
 
 MAX_RANK = 4096  # its square is allocated
 _MAX_MESSAGE_SIZE = 600
-_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 # What torch.compile, FSDP, activation checkpointing and DDP put into the names of what they wrap.
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -43,8 +43,7 @@ _FOREIGN_TENSORS = (
 
 def check_id(adapter_id: str, base: BaseModel) -> None:
     """One or two plain segments, and never a name of the base: that would hide one behind the other."""
-    segments = adapter_id.split("/")
-    if not (1 <= len(segments) <= 2 and all(map(_SEGMENT.fullmatch, segments))):
+    if not is_id(adapter_id):
         raise AdapterRefused(
             adapter_id,
             "id",

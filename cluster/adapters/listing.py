@@ -25,11 +25,13 @@ _OTHERS = re.compile(
 @dataclass(frozen=True)
 class Listing:
     """``adapters`` by id. ``within``: folders in another adapter's folder, which its training left there far more often
-    than they are an adapter of the tenant ``name``; ``unnamed``: folders that no pattern of the layout names."""
+    than they are an adapter of the tenant ``name``; ``unnamed``: folders that no pattern of the layout names;
+    ``folders``: all of them."""
 
     adapters: list[AdapterFiles]
     within: tuple[str, ...] = ()
     unnamed: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
 
     def left_out_lines(self) -> list[str]:
         lines = []
@@ -56,12 +58,15 @@ def list_adapters(store: Store, layout: Layout | None = None, served: Collection
     adapters = {folder for folder, entries in folders.items() if CONFIG_FILE in entries or WEIGHTS_FILE in entries}
     by_id: dict[str, list[str]] = {}
     within, unnamed = [], []
-    for folder in sorted(folders):
+    # Those within others last: one that is served is an adapter, but never beside a folder of its own.
+    for folder in sorted(folders, key=lambda folder: (_is_within(folder, adapters), folder)):
         adapter_id = layout.id_of(folder)
         if adapter_id is None:
             unnamed.append(printable(folder))
-        elif layout.checkpoints or adapter_id in served or not _is_within(folder, adapters):
-            by_id.setdefault(printable(adapter_id), []).append(folder)
+            continue
+        adapter_id, own = printable(adapter_id), layout.checkpoints or not _is_within(folder, adapters)
+        if own or (adapter_id in served and adapter_id not in by_id):
+            by_id.setdefault(adapter_id, []).append(folder)
         else:
             within.append(printable(folder))
     return Listing(
@@ -73,6 +78,7 @@ def list_adapters(store: Store, layout: Layout | None = None, served: Collection
         ],
         tuple(within),
         tuple(unnamed),
+        tuple(map(printable, sorted(folders))),
     )
 
 
@@ -85,6 +91,11 @@ def list_collection(address: str, layout: Layout | None = None, served: Collecti
     except StoreMissing as error:
         raise ConfigError(f"--adapters: {error}") from None
     ids = {files.adapter_id for files in listing.adapters}
+    if not ids and listing.within:
+        raise ConfigError(
+            f"--adapters {address}: all {len(listing.within)} folders that are named lie within other adapters' "
+            f"folders, such as {listing.within[0]}: --checkpoints takes them"
+        )
     if not ids and listing.unnamed:
         raise ConfigError(
             f"--adapters {address}: {shown(layout.id_patterns)} names none of the {len(listing.unnamed)} folders "

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from cluster.adapters.base import BaseModel
-from cluster.adapters.brought import UNREADABLE, Brought, brought_along, read_tokenizing
+from cluster.adapters.brought import Tokenizing, brought_along, read_tokenizing
 from cluster.adapters.checks import Refuse, check_id, check_patterns, paired_places, plain_names, tensor_name
 from cluster.adapters.config import parse_adapter_config
 from cluster.adapters.factors import Factors, factored_energy
@@ -83,15 +84,15 @@ def read_adapter(store: Store, files: AdapterFiles, base: BaseModel) -> tuple[Ad
         factors[module] = (A, B)
     if not any(places.energy > 0 for places in modules.values()):
         raise refuse("zero", "it changes nothing: B A is zero in every module (was it trained?)")
-    brought = brought_along(read_tokenizing(store, files.beside), base.tokenizing, base.vocabulary_size)
+    tokenizing = read_tokenizing(store, files.beside)
     record = AdapterRecord(
         adapter_id=files.adapter_id,
         key=files.weights.key,
-        version=_version(config_bytes, tensors, brought),
+        version=_version(config_bytes, tensors, tokenizing),
         etag=weights.etag,
         size_bytes=len(weights.data),
         modules=modules,
-        brought=brought,
+        brought=brought_along(tokenizing, base.tokenizing, base.vocabulary_size),
     )
     return record, factors
 
@@ -141,7 +142,8 @@ def _other_base(name: str, base: BaseModel) -> str:
     if "*" in name or "--" in name or not name.isprintable():
         return f"{told}; correct the name in its config"  # as an option it would mean more than itself
     # For a shell, whatever the name holds.
-    return f"{told}; if that is the same model, add --accept-base '" + name.replace("'", "'\\''") + "'"
+    between = "=" if name.startswith("-") else " "
+    return f"{told}; if that is the same model, add --accept-base{between}'" + name.replace("'", "'\\''") + "'"
 
 
 def _read(refuse: Refuse, store: Store, key: str) -> Blob:
@@ -160,12 +162,12 @@ def _places(refuse: Refuse, data: bytes) -> dict[str, TensorPlace]:
         raise refuse("corrupt", f"{WEIGHTS_FILE}: {error}; upload it again") from None
 
 
-def _version(config: bytes, tensors: dict[str, Tensor], brought: Brought) -> str:
-    """What was brought along is part of it, so that `update` takes up another template; what cannot be read is not,
-    for the next time it may."""
+def _version(config: bytes, tensors: dict[str, Tensor], tokenizing: Tokenizing) -> str:
+    """Of the adapter's own files alone. What lies beside its weights is part of it, so that `update` takes up another
+    template; what cannot be read is not, for the next time it may."""
     content: list[object] = [hashlib.sha256(config).hexdigest(), hash_tensors(tensors)]
-    if notes := {kind: note for kind, note in brought.notes.items() if kind != UNREADABLE}:
-        content += [notes, brought.chat_template]
+    if tokenizing.is_known:
+        content.append(asdict(replace(tokenizing, unreadable=())))
     return "sha256:" + hashlib.sha256(canonical_json(content)).hexdigest()
 
 

@@ -62,6 +62,9 @@ def add_parser(commands: Any) -> None:
     )
     compact.add_argument("--accept-unnamed-base", action="store_true", help="as for `run`")
     compact.add_argument(
+        "--id-pattern", metavar="PATTERN", action="append", default=[], help="as for `run`, in place of the manifest's"
+    )
+    compact.add_argument(
         "--allow-missing", action="store_true", help="drop served adapters that have no folder any more"
     )
     compact.add_argument("--allow-drop", metavar="N|all", type=drops_allowed, default="0", help=ALLOW_DROP)
@@ -89,6 +92,7 @@ def _execute(parsed: argparse.Namespace) -> int:
         parsed.num_cpus,
         parsed.allow_missing,
         parsed.allow_drop,
+        tuple(parsed.id_pattern),
     )
     # Here, for Ray is slow to import, and starts only where something is fitted.
     from compress_jobs.job import ray_cluster

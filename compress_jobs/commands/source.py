@@ -21,6 +21,13 @@ def add_source_arguments(parser: argparse.ArgumentParser, ids: str) -> None:
         help="further name adapters may call this base by, or a pattern with *, for all later revisions (repeatable)",
     )
     parser.add_argument(
+        "--id-pattern",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="as for `run`, in place of what the manifest has, for all later revisions (repeatable)",
+    )
+    parser.add_argument(
         "--accept-unnamed-base", action="store_true", help="adapters whose config names no base are accepted"
     )
 
@@ -28,4 +35,5 @@ def add_source_arguments(parser: argparse.ArgumentParser, ids: str) -> None:
 def source_of(parsed: argparse.Namespace) -> Source:
     ids, accepted = tuple(dict.fromkeys(parsed.adapter)), accepted_names(parsed.accept_base, parsed.accept_unnamed_base)
     restore, checkpoints = tuple(getattr(parsed, "restore", ())), getattr(parsed, "checkpoints", False)
-    return Source(parsed.out, parsed.adapters, parsed.base, ids, accepted, restore, checkpoints)
+    patterns = tuple(parsed.id_pattern)
+    return Source(parsed.out, parsed.adapters, parsed.base, ids, accepted, restore, checkpoints, patterns)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cluster.adapters.record import AdapterRecord
+from cluster.adapters.base import BaseModel
+from cluster.adapters.record import AdapterFiles, AdapterRecord
 from cluster.bundle.manifest import template_hash
+from compress_jobs.progress import say
 
 
 def brought_fields(record: AdapterRecord) -> dict[str, Any]:
@@ -16,6 +18,11 @@ def brought_fields(record: AdapterRecord) -> dict[str, Any]:
         "brought": dict(record.brought.notes),
         "chat_template": None if template is None else template_hash(template),
     }
+
+
+def say_untold(base: BaseModel, address: str, folders: Iterable[AdapterFiles]) -> None:
+    if not base.tokenizing.is_known and any(files.beside for files in folders):
+        say(f"no tokenizer in {address}: whether adapters brought another chat template or tokens is not told")
 
 
 def templates_of(records: Iterable[AdapterRecord]) -> dict[str, str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 
-from cluster.adapters.record import AdapterFiles
 from cluster.bundle.manifest import Refused
 from cluster.errors import AdapterRefused, WouldDrop
 from compress_jobs.job.options import RunOptions, matching, may_drop
@@ -36,12 +35,12 @@ def check_restored(asked: RunOptions, refused: Mapping[str, Refused]) -> None:
 def check_drops(
     asked: RunOptions,
     served: AbstractSet[str],
-    folders: Sequence[AdapterFiles],
+    with_folder: AbstractSet[str],
     kept: AbstractSet[str],
     refused: Mapping[str, Refused] | None = None,
 ) -> None:
-    """Raises WouldDrop when adapters that are ``served`` are not ``kept``, but for those that were asked to go."""
-    with_folder = {files.adapter_id for files in folders}
+    """Raises WouldDrop when adapters that are ``served`` are not ``kept``, but for those that were asked to go.
+    ``with_folder``: ids that have a folder, by this run's layout or by that which they are served by."""
     gone = served - kept - matching(served, asked.without)
     not_asked = served - matching(served, asked.only) if asked.only else frozenset()
     if asked.allow_missing:
@@ -49,17 +48,21 @@ def check_drops(
     if not may_drop(asked.allow_drop, len(gone)):
         raise WouldDrop(
             f"{len(gone)} of the {len(served)} adapters that are served would no longer be: "
-            f"{_named(gone, refused or {}, not_asked)}; nothing was published: mend them, `remove` them, or go on with "
-            f"--allow-drop {len(gone)}"
+            f"{_named(gone, refused or {}, not_asked, with_folder)}; nothing was published: mend or `remove` them, or "
+            f"go on with --allow-drop {len(gone)}"
             + ("" if gone <= with_folder | not_asked else " (--allow-missing for those without a folder)")
         )
 
 
-def _named(ids: Collection[str], refused: Mapping[str, Refused], not_asked: AbstractSet[str]) -> str:
+def _named(
+    ids: Collection[str], refused: Mapping[str, Refused], not_asked: AbstractSet[str], with_folder: AbstractSet[str]
+) -> str:
     def why(adapter_id: str) -> str:
         if adapter_id in refused:
             return _shorten(refused[adapter_id])
-        return "--only leaves it out" if adapter_id in not_asked else "it has no folder"
+        if adapter_id in not_asked:
+            return "--only leaves it out"
+        return "its folder is not named by --id-pattern" if adapter_id in with_folder else "it has no folder"
 
     told = [f"{adapter_id} ({why(adapter_id)})" for adapter_id in sorted(ids)[:_NAMED]]
     return ", ".join(told) + (f", and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")

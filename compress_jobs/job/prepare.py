@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cluster.adapters.base import read_base
-from cluster.adapters.listing import list_collection
+from cluster.adapters.layout import Layout
+from cluster.adapters.listing import Listing, list_collection
 from cluster.adapters.record import AdapterFiles
 from cluster.bundle.removed import read_removed
 from cluster.bundle.revisions import Current, read_current, read_manifest
@@ -16,6 +17,7 @@ from cluster.store.address import open_store
 from cluster.store.protocol import Store
 from compress_jobs.host.submission import check_place, is_relative
 from compress_jobs.job import tasks
+from compress_jobs.job.brought import say_untold
 from compress_jobs.job.context import JobContext, job_id
 from compress_jobs.job.drops import check_drops
 from compress_jobs.job.options import RunOptions, matching
@@ -28,14 +30,16 @@ _SAMPLED_PER_KIND, _SAMPLED_OF_MANY, _MANY = 3, 1, 256
 @dataclass(frozen=True)
 class Job:
     """A run that can begin. ``context`` has the options as they were asked; ``seen_current`` is CURRENT's ETag, None
-    where nothing is published; ``served`` are the adapters of its revision; ``notes`` tell which adapters were removed
-    when, those that are served again among them; ``relative`` are the options that were given as relative paths."""
+    where nothing is published; ``served`` are the adapters of its revision, ``with_folder`` those of them that have a
+    folder still; ``notes`` tell which adapters were removed when, those that are served again among them; ``relative``
+    are the options that were given as relative paths."""
 
     context: JobContext
     store: Store
     folders: list[AdapterFiles]
     seen_current: str | None
     served: frozenset[str]
+    with_folder: frozenset[str]
     notes: dict[str, str]
     relative: tuple[str, ...] = ()
 
@@ -63,27 +67,31 @@ def prepare(options: RunOptions) -> Job:
     # Before hours are spent: may this store be published on at all?
     store.check_conditional_writes()
     current = read_current(store)
-    served = _served(store, current[0]) if current else frozenset()
+    served, served_by = _served(store, current[0]) if current else (frozenset(), Layout())
     notes = read_removed(store)
     removed = {adapter_id: when for adapter_id, when in notes.items() if adapter_id not in served}
-    folders = _without_removed(options, _list_folders(context, served, removed), removed, served)
+    listing = list_collection(options.adapters, options.layout, served.union(options.restore))
+    with_folder = served.intersection(files.adapter_id for files in listing.adapters)
+    with_folder |= served.intersection(map(served_by.id_of, listing.folders))
+    folders = _without_removed(options, _taken(options, listing, served, removed), removed, served)
     say(f"{len(folders)} adapters in {options.adapters}")
-    if not base.tokenizing.is_known and any(files.beside for files in folders):
-        say(f"no tokenizer in {options.base}: whether adapters brought another chat template or tokens is not told")
-    check_drops(options, served, folders, {files.adapter_id for files in folders})
+    say_untold(base, options.base, folders)
+    check_drops(options, served, with_folder, {files.adapter_id for files in folders})
     per_kind = _SAMPLED_PER_KIND if len(folders) < _MANY else _SAMPLED_OF_MANY
     sampled = tuple(sample_modules(list(base.modules), per_kind))
     context = replace(context, job_id=job_id(options, base, folders), sampled=sampled)
-    return Job(context, store, folders, current[1] if current else None, served, notes, relative)
+    return Job(context, store, folders, current[1] if current else None, served, with_folder, notes, relative)
 
 
-def _served(store: Store, current: Current) -> frozenset[str]:
-    """Of a revision that cannot be read nothing is served: a run mends that."""
+def _served(store: Store, current: Current) -> tuple[frozenset[str], Layout]:
+    """Ids, and the layout that they have them by. Of a revision that cannot be read nothing is served: a run mends
+    that."""
     try:
-        return frozenset(read_manifest(store, current.bundle, current.revision).adapters)
+        manifest = read_manifest(store, current.bundle, current.revision)
+        return frozenset(manifest.adapters), manifest.layout
     except (StoreMissing, BundleError) as error:
         say(f"what is served cannot be told, so nothing keeps it from being dropped: {error}")
-        return frozenset()
+        return frozenset(), Layout()
 
 
 def _without_removed(
@@ -109,9 +117,10 @@ def _without_removed(
     return kept
 
 
-def _list_folders(context: JobContext, served: frozenset[str], removed: Mapping[str, str]) -> list[AdapterFiles]:
-    options = context.options
-    listing = list_collection(options.adapters, options.layout, served.union(options.restore))
+def _taken(
+    options: RunOptions, listing: Listing, served: frozenset[str], removed: Mapping[str, str]
+) -> list[AdapterFiles]:
+    """Less those that ``only`` and ``without`` leave out. Raises ConfigError for a pattern that means nobody."""
     for line in listing.left_out_lines():
         say(line)
     for option, patterns in (("only", options.only), ("without", options.without)):

@@ -77,7 +77,7 @@ def _run(job: Job) -> Outcome:
     costs.bytes_read += collection.bytes_read
     if not job.served:
         check_refusals(job.asked, collection.refused, len(job.folders))
-    check_drops(job.asked, job.served, job.folders, collection.records.keys(), collection.refused)
+    check_drops(job.asked, job.served, job.with_folder, collection.records.keys(), collection.refused)
     try:
         chosen = as_asked(job, collection)
         if job.asked.auto and chosen.records:
@@ -100,7 +100,7 @@ def _run(job: Job) -> Outcome:
         collection = collection.without_changed(assembled.changed)
         if not collection.records:
             raise BundleError("every adapter changed during the job; nothing is left to publish, run it again")
-        check_drops(job.asked, job.served, job.folders, collection.records.keys(), collection.refused)
+        check_drops(job.asked, job.served, job.with_folder, collection.records.keys(), collection.refused)
         compressed = Compressed(job.asked, collection, chosen, clustered, fitted, errors, assembled)
         return _publish(job, compressed, costs)
     except StoreMissing:
@@ -120,6 +120,8 @@ def _say_unrecorded(job: Job, published: Manifest) -> None:
     recorded = {published.base.name, *published.base.accepted}
     for name in sorted(job.context.base.accepted_names - recorded - {""}):
         say(f"--accept-base {name} is not recorded, for nothing has changed: give it to `add` too")
+    if job.asked.layout != published.layout:
+        say("--id-pattern and --checkpoints are not recorded, for nothing has changed: give them to `add` too")
 
 
 def _already_published(job: Job, collection: Collection) -> Manifest | None:

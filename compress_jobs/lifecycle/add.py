@@ -69,7 +69,8 @@ def update_adapters(source: Source) -> list[str]:
         lines.append(f"gone       {len(gone)} served adapters have no folder any more, such as {gone[0]}: see `remove`")
     if not graded.arrivals:
         return [*lines, _nothing(standing, "nothing to update")]
-    manifest = next_revision(standing, (), graded.arrivals, {}, base.modules, source.accept_base)
+    layout = source.layout(standing.manifest)
+    manifest = next_revision(standing, (), graded.arrivals, {}, base.modules, source.accept_base, layout)
     return [*lines, *publish_next(standing, manifest, "update", began)]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.adapters.layout import Layout
 from cluster.adapters.listing import list_collection
 from cluster.bundle.manifest import Adapter, Manifest
 from cluster.bundle.removed import read_removed
@@ -77,6 +79,7 @@ def refit_options(
     num_cpus: int = 0,
     allow_missing: bool = False,
     allow_drop: str = "0",
+    id_patterns: tuple[str, ...] = (),
 ) -> RunOptions:
     """Options of the run that fits the current revision's adapters anew, less ``without`` (ids and patterns).
 
@@ -84,7 +87,7 @@ def refit_options(
     collection.
     """
     manifest, method = standing.manifest, standing.manifest.method
-    layout = manifest.layout
+    layout = Layout(id_patterns or manifest.layout.id_patterns, manifest.layout.checkpoints)
     folders = {files.adapter_id for files in list_collection(adapters, layout, manifest.adapters).adapters}
     removed = read_removed(standing.store)
     known = folders | manifest.adapters.keys() | removed.keys()
@@ -119,7 +122,7 @@ def refit_options(
         accept_unnamed_base="" in names,
         allow_missing=allow_missing,
         allow_drop=allow_drop,
-        without=tuple(sorted(left_out)),
+        without=tuple(sorted(map(glob.escape, left_out))),  # ids, whatever a folder is called
         id_pattern=layout.id_patterns,
         checkpoints=layout.checkpoints,
         num_cpus=num_cpus,

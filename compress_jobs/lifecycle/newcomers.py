@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cluster.adapters.base import BaseModel, read_base
+from cluster.adapters.brought import UNREADABLE
 from cluster.adapters.factors import Factors
 from cluster.adapters.listing import list_collection
 from cluster.adapters.reading import read_adapter
@@ -25,6 +26,7 @@ from cluster.compression.methods import METHODS
 from cluster.errors import AdapterRefused, ConfigError, StoreForbidden, StoreMissing
 from cluster.store.address import open_store
 from compress_jobs.job.adapter_error import AdapterError
+from compress_jobs.job.brought import say_untold
 from compress_jobs.job.standalone import stand_alone
 from compress_jobs.lifecycle.projection import Projection, project
 from compress_jobs.lifecycle.revision import Arrival, Standing
@@ -67,6 +69,7 @@ def read_collection(source: Source, manifest: Manifest) -> tuple[BaseModel, dict
     listing = list_collection(source.adapters, source.layout(manifest), known)
     for line in listing.left_out_lines():
         say(line)
+    say_untold(base, source.base, listing.adapters)
     return base, {files.adapter_id: files for files in listing.adapters}
 
 
@@ -91,6 +94,9 @@ def grade(source: Source, standing: Standing, base: BaseModel, folders: Collecti
             return AdapterRefused(files.adapter_id, "unreadable", str(error))
         if known is not None and known.version == record.version:
             return None
+        if known is not None and known.chat_template and UNREADABLE in record.brought.notes:
+            told = f"{record.brought.notes[UNREADABLE]}, and its chats go through a template of its own"
+            return AdapterRefused(files.adapter_id, "unreadable", told)
         own = {c: basis for c, (tenant, basis) in bases.items() if tenant in (None, tenant_of(files.adapter_id))}
         return _grade(standing, record, factors, own)
 

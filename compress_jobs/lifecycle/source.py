@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cluster.adapters.layout import Layout
 from cluster.bundle.manifest import Manifest
@@ -14,7 +14,7 @@ from cluster.errors import ConfigError
 class Source:
     """Where adapters come from, as given on the command line. ``ids`` empty: whatever qualifies. ``restore``: adapters
     that were removed, to be taken up again.
-    ``checkpoints``: folders within an adapter's folder are adapters too."""
+    ``checkpoints``, ``id_patterns``: as a ``Layout`` has them."""
 
     out: str
     adapters: str
@@ -23,10 +23,12 @@ class Source:
     accept_base: tuple[str, ...] = ()
     restore: tuple[str, ...] = ()
     checkpoints: bool = False
+    id_patterns: tuple[str, ...] = ()
 
     def layout(self, manifest: Manifest) -> Layout:
-        """As the bundle's collection was read before, for all later revisions."""
-        return replace(manifest.layout, checkpoints=manifest.layout.checkpoints or self.checkpoints)
+        """As the bundle's collection was read before, but for what is asked now; for all later revisions."""
+        patterns = self.id_patterns or manifest.layout.id_patterns
+        return Layout(patterns, manifest.layout.checkpoints or self.checkpoints)
 
 
 def need_known(ids: Collection[str], known: Collection[str], option: str, expected: str) -> None:

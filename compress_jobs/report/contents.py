@@ -29,7 +29,7 @@ def show_bundle(bundle: Bundle) -> list[str]:
             f"{adapter_id:<32} {adapter.mode:<10} {adapter.cluster or '-':>7} {adapter.error:8.4f} "
             f"{adapter.error_worst_module:13.4f}  {adapter.served[7:19]}"
         )
-    told = brought_lines(manifest) + refusal_lines(manifest.refused) + remedy_lines(manifest.refused)
+    told = brought_lines(manifest) + refusal_lines(manifest.refused) + remedy_lines(manifest.refused, manifest.adapters)
     return lines + told
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from cluster.adapters.layout import PLAIN, layout_for, shown
 from cluster.bundle.manifest import Refused
 
 _FEW, _MOST = 3, 6
 # How the messages of reason `base` end (cluster/adapters/reading.py), the name quoted for a shell.
-_ACCEPT = " --accept-base "
+_ACCEPT = re.compile(" --accept-base[ =]")
 _UNNAMED = "--accept-unnamed-base"
 
 
@@ -28,13 +28,14 @@ def refusal_lines(refused: Mapping[str, Refused]) -> list[str]:
     return [f"refused    {adapter_id} ({refusal.reason}): {refusal.message}" for adapter_id, refusal in ordered]
 
 
-def remedy_lines(refused: Mapping[str, Refused]) -> list[str]:
-    """Options that would accept many at once: those whose base has another name, those that lie deeper than an id."""
+def remedy_lines(refused: Mapping[str, Refused], served: Collection[str] = ()) -> list[str]:
+    """Options that would accept many at once: those whose base has another name, those that lie deeper than an id (and
+    then by ids that are not ``served``)."""
     lines = []
     if options := _base_options(refused.values()):
         lines.append(f"accept     if what these name is all this base: {options}")
     deep = [i for i, refusal in refused.items() if refusal.reason == "id" and i.count("/") >= len(PLAIN)]
-    if deep and (layout := layout_for(deep)) is not None:
+    if deep and (layout := layout_for(deep, served)) is not None:
         patterns = shown([*PLAIN, *layout.id_patterns])
         lines.append(f"accept     {len(deep)} lie deeper than name or tenant/name; this names them: {patterns}")
     return lines
@@ -42,8 +43,10 @@ def remedy_lines(refused: Mapping[str, Refused]) -> list[str]:
 
 def _base_options(refused: Iterable[Refused]) -> str:
     messages = [refusal.message for refusal in refused if refusal.reason == "base"]
-    names = {_name(message) for message in messages if message.count(_ACCEPT) == 1} - {""}
-    options = [f"--accept-base {shlex.quote(pattern)}" for pattern in _patterns(names)]
+    names = {_name(message) for message in messages if len(_ACCEPT.findall(message)) == 1} - {""}
+    options = [
+        f"--accept-base{'=' if pattern.startswith('-') else ' '}{shlex.quote(pattern)}" for pattern in _patterns(names)
+    ]
     if any(message.endswith(_UNNAMED) for message in messages):
         options.append(_UNNAMED)
     return " ".join(options) if len(options) <= _MOST else ""
@@ -52,7 +55,7 @@ def _base_options(refused: Iterable[Refused]) -> str:
 def _name(message: str) -> str:
     """ "" where the message was cut."""
     try:
-        (name,) = shlex.split(message.partition(_ACCEPT)[2])
+        (name,) = shlex.split(_ACCEPT.split(message)[1])
     except ValueError:
         return ""
     return name

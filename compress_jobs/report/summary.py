@@ -75,7 +75,7 @@ class Summary:
             total = self.num_adapters + self.num_refused
             why = counts(manifest.refused)
             out.append(f"warning    {self.num_refused} of {total} adapters were refused and are not served: {why}")
-            out += remedy_lines(manifest.refused)
+            out += remedy_lines(manifest.refused, manifest.adapters)
         out += [
             f"adapters   {self.num_adapters} served: {self.num_on_basis} on a basis, {self.num_truncated} truncated, "
             f"{self.num_raw} raw; {self.num_refused} refused",

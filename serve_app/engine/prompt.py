@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,18 @@ class PromptReader:
     vocab_size: int
     max_model_len: int
     templates: TemplateProcess = field(default_factory=TemplateProcess)
+    # Threads of its own: whoever waits for an adapter's template keeps nobody else from being read.
+    _waiting: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "adapter-templates"))
+
+    async def read_aside(self, request: GenerationRequest, chat_template: str | None = None) -> tuple[list[int], int]:
+        """``read`` in a thread: a long text takes a while to tokenize, and the event loop has others to serve."""
+        apart = self._waiting if chat_template is not None and request.messages is not None else None
+        return await asyncio.get_running_loop().run_in_executor(apart, self.read, request, chat_template)
+
+    def close(self) -> None:
+        """No template is rendered any more."""
+        self.templates.close()
+        self._waiting.shutdown(wait=False)
 
     def read(self, request: GenerationRequest, chat_template: str | None = None) -> tuple[list[int], int]:
         """The prompt's token ids and how many tokens may follow. ``chat_template``: the adapter's own, None for the

@@ -1,8 +1,8 @@
 """The chat templates that adapters brought, rendered in a process of its own.
 
 A template is a program of whoever uploaded the adapter. transformers' sandbox keeps it from files and code, not from
-loops without end and texts of gigabytes; so it has a limit on time and memory here, and a process that can be killed.
-What the base brings, the operator has chosen: that is rendered where it is asked for.
+loops without end and texts of gigabytes; so that process has a limit on CPU time and memory, and can be killed. What
+the base brings, the operator has chosen: that is rendered where it is asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -20,11 +21,15 @@ from typing import Any
 
 from cluster.errors import RequestError
 
-TIMEOUT_S = 2.0
-START_TIMEOUT_S = 60.0
+CPU_S = 1.0
+"""Of one chat; a template of the field takes milliseconds."""
 MEMORY_BYTES = 1 << 30  # beyond what the process has when it starts
-MAX_ANSWER_BYTES = 8 << 20
+MAX_MESSAGES_SIZE = 1 << 20  # characters: far more than any context holds
+MAX_TEXT_SIZE = 4 << 20
+_WALL_S, _START_S = 30.0, 60.0  # where the CPU time is not up yet, for the machine has other things to do
+_TRIES = 2
 _READY = b"ready\n"
+_TOO_MUCH = f"the adapter's chat template takes more than {CPU_S:g} s of a CPU or {MEMORY_BYTES >> 20} MiB"
 
 
 class TemplateProcess:
@@ -34,45 +39,54 @@ class TemplateProcess:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._given_up: set[str] = set()
+        self._too_dear: set[str] = set()
+        self._closed = False
 
     def render(self, template: str, messages: list[dict[str, Any]], special_tokens: dict[str, Any]) -> str:
         """The text of a chat up to where the assistant's answer begins. Raises RequestError where the template fails or
         takes too much; one that took too much is not tried again."""
-        if template in self._given_up:
-            raise RequestError("the adapter's chat template took too long before and is not used again", "messages")
+        size = sum(len(str(value)) for message in messages for value in message.values())
+        if size > MAX_MESSAGES_SIZE:
+            raise RequestError(f"the messages have {size} characters, more than any context holds", "messages")
         question = {"template": template, "messages": messages, "special_tokens": special_tokens}
+        line = json.dumps(question).encode() + b"\n"
         with self._lock:
-            answer = self._ask(json.dumps(question).encode() + b"\n")
-            if answer is None:
-                self._given_up.add(template)
-                self._end()
-        if answer is None:
-            raise RequestError(
-                f"the adapter's chat template took more than {TIMEOUT_S:g} s, {MEMORY_BYTES >> 20} MiB or "
-                f"{MAX_ANSWER_BYTES >> 20} MiB of text; it is not used again: correct it, and compress again",
-                "messages",
-            )
+            # Here, for others may have found out while this one waited.
+            if template in self._too_dear:
+                raise RequestError(f"{_TOO_MUCH}, and is not used again", "messages")
+            answer = self._ask(line)
+            if answer.get("too_dear"):
+                self._too_dear.add(template)
+        if answer.get("too_dear"):
+            raise RequestError(f"{_TOO_MUCH}; it is not used again: correct it, and compress again", "messages")
         if "error" in answer:
-            raise RequestError(f"messages do not fit the adapter's chat template: {answer['error']}", "messages")
+            raise RequestError(f"the adapter's chat template cannot render this: {answer['error']}", "messages")
         return str(answer["text"])
 
     def close(self) -> None:
+        self._closed = True
+        if (process := self._process) is not None:
+            process.kill()  # whoever waits for an answer gets none
         with self._lock:
             self._end()
 
-    def _ask(self, line: bytes) -> dict[str, Any] | None:
-        process = self._running()
-        assert process.stdin is not None
-        try:
-            process.stdin.write(line)
-            process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        answer = _read_line(process, TIMEOUT_S)
-        return None if answer is None else dict(json.loads(answer))
+    def _ask(self, line: bytes) -> dict[str, Any]:
+        """A process that dies (by the kernel's hand, where memory is short) says nothing of the template: a second one
+        is asked. One that dies too does."""
+        for _ in range(_TRIES):
+            process = self._running()
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(line)
+                process.stdin.flush()
+                if (answer := _read_line(process, _WALL_S)) is not None:
+                    return dict(json.loads(answer))
+            self._end()
+        return {"too_dear": True}
 
     def _running(self) -> subprocess.Popen[bytes]:
+        if self._closed:
+            raise RequestError("the engine is ending", "messages")
         if self._process is None or self._process.poll() is not None:
             self._end()
             self._process = subprocess.Popen(
@@ -83,7 +97,7 @@ class TemplateProcess:
                 # This process may have found the package where the other would not look.
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
-            if _read_line(self._process, START_TIMEOUT_S) != _READY:
+            if _read_line(self._process, _START_S) != _READY:
                 self._end()
                 raise RequestError("chat templates of adapters cannot be rendered now; try again", "messages")
         return self._process
@@ -100,47 +114,67 @@ class TemplateProcess:
 
 
 def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes | None:
-    """None where none has come within that time, where it is too long, and where the process has ended."""
+    """None where none has come within that time, and where the process has ended."""
     assert process.stdout is not None
-    deadline, data = time.monotonic() + timeout_s, b""
+    deadline, pieces = time.monotonic() + timeout_s, [b""]
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        while not data.endswith(b"\n"):
+        while not pieces[-1].endswith(b"\n"):
             left = deadline - time.monotonic()
-            if left <= 0 or len(data) > MAX_ANSWER_BYTES or not selector.select(left):
+            if left <= 0 or not selector.select(left):
                 return None
-            piece = process.stdout.raw.read(1 << 16)  # type: ignore[attr-defined]  # a BufferedReader over a pipe
-            if not piece:
+            pieces.append(process.stdout.raw.read(1 << 20))  # type: ignore[attr-defined]  # a BufferedReader over a pipe
+            if not pieces[-1]:
                 return None
-            data += piece
-    return data
+    return b"".join(pieces)
+
+
+class _TooLong(Exception):
+    """The CPU time of this chat is up."""
 
 
 def _serve() -> None:
-    """What runs in that process: a line of JSON in, a line of JSON out."""
+    """What runs in that process: a line of JSON in, a line of JSON out. It limits itself, so that an endless loop ends
+    without its parent too."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with open("/proc/self/statm") as file:
         held = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY_BYTES, held + MEMORY_BYTES))
-    sys.stdout.write(_READY.decode())
-    sys.stdout.flush()
+
+    def interrupt(*_: object) -> None:
+        raise _TooLong
+
+    signal.signal(signal.SIGPROF, interrupt)
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # whatever is printed is no answer
+    answers.write(_READY.decode())
+    answers.flush()
     for line in sys.stdin:
-        question = json.loads(line)
+        answers.write(json.dumps(_answer(render_jinja_template, line)) + "\n")
+        answers.flush()
+
+
+def _answer(render: Any, line: str) -> dict[str, Any]:
+    question = json.loads(line)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, CPU_S)
         try:
-            rendered, _ = render_jinja_template(
+            rendered, _ = render(
                 conversations=[question["messages"]],
                 chat_template=question["template"],
                 add_generation_prompt=True,
                 **question["special_tokens"],
             )
-            answer = {"text": rendered[0]}
-        except MemoryError:
-            return
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"[:300]}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        if len(rendered[0]) > MAX_TEXT_SIZE:
+            return {"error": f"it gives {len(rendered[0])} characters, more than any context holds"}
+        return {"text": rendered[0]}
+    except (_TooLong, MemoryError):
+        return {"too_dear": True}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
 if __name__ == "__main__":

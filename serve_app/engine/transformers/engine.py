@@ -65,9 +65,8 @@ class TransformersEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         served = None if request.adapter is None else self._serving_map.find(request.adapter)
         self._running().check_available(served.home if served else None)
-        # A long text takes a while to tokenize; the event loop has others to serve.
         template = served.chat_template if served else None
-        prompt_ids, max_tokens = await asyncio.to_thread(self._reader.read, request, template)
+        prompt_ids, max_tokens = await self._reader.read_aside(request, template)
         event_loop, answers = asyncio.get_running_loop(), asyncio.Queue[Answer]()
 
         def deliver(answer: Answer) -> None:
@@ -111,7 +110,7 @@ class TransformersEngine:
     async def stop(self) -> None:
         """Requests still running or waiting get EngineStopped."""
         if self._loop is not None and self._loop.ask_to_stop():
-            self._reader.templates.close()
+            await asyncio.to_thread(self._reader.close)
             await asyncio.to_thread(self._loop.join)
 
     async def _change(self, home: str, weights: HomeWeights | None, meanwhile: str) -> None:

@@ -88,7 +88,7 @@ class VllmEngine:
         home = served.home if served else None
         self._check_available(home)
         template = served.chat_template if served else None
-        prompt_ids, max_tokens = await asyncio.to_thread(self._reader.read, request, template)
+        prompt_ids, max_tokens = await self._reader.read_aside(request, template)
         self._check_available(home)
         self._in_flight[home] += 1
         # A number of our own before the client's: two clients may use the same id.
@@ -142,7 +142,7 @@ class VllmEngine:
         """Requests still running or waiting get EngineStopped."""
         if self._end is None:
             self._end = "it was stopped"
-            self._reader.templates.close()
+            await asyncio.to_thread(self._reader.close)
             await asyncio.to_thread(self._llm.shutdown)
 
     async def resident_bytes(self) -> int:

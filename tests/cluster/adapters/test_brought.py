@@ -18,6 +18,7 @@ from cluster.adapters.reading import read_adapter
 from cluster.adapters.record import AdapterRecord
 from cluster.store.address import open_store
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 VOCABULARY = 49152
 
@@ -39,11 +40,9 @@ def brought_by(adapter: Path, base: Path) -> Brought:
 
 def test_a_tokenizer_that_is_the_bases_own_brings_nothing(adapter: Path, base_path: Path) -> None:
     assert brought_by(adapter, base_path) == Brought()
-    plain = record_of(adapter, base_path).version
     AutoTokenizer.from_pretrained(base_path).save_pretrained(adapter)
     shutil.copy(base_path / "generation_config.json", adapter)
     assert brought_by(adapter, base_path) == Brought()
-    assert record_of(adapter, base_path).version == plain
 
 
 def test_what_training_changed_of_the_tokenizer_is_told(adapter: Path, base_path: Path) -> None:
@@ -58,8 +57,8 @@ def test_what_training_changed_of_the_tokenizer_is_told(adapter: Path, base_path
     assert found.notes == {
         "chat-template": "another chat template than the base's",
         "end-token": "it was trained to end with '<|endoftext|>', the base ends with '<|im_end|>'",
-        "added-tokens": "2 tokens that the base's tokenizer has not, such as '</tool>' (id 49153, beyond the base's "
-        "vocabulary of 49152)",
+        "added-tokens": "2 tokens are added or special here and not with the base, such as '</tool>' (id 49153, beyond "
+        "the base's vocabulary of 49152)",
     }
     assert record_of(adapter, base_path).version != plain  # so that `update` takes it up
 
@@ -86,10 +85,18 @@ def _write(path: Path, document: Any) -> None:
         (
             _config(added_tokens_decoder={"17": {"content": "<x>", "special": True}}),
             "added-tokens",
-            "1 tokens that the base's tokenizer has not, such as '<x>' (id 17)",
+            "1 tokens are added or special here and not with the base, such as '<x>' (id 17)",
         ),
-        (lambda a: _write(a / "tokenizer_config.json", "{"), "unreadable", "tokenizer_config.json cannot be read"),
-        (lambda a: _write(a / "tokenizer.json", '{"added_tokens": [{'), "unreadable", "tokenizer.json cannot be read"),
+        (lambda a: _write(a / "tokenizer_config.json", "{"), "unreadable", "tokenizer_config.json: not understood"),
+        (lambda a: _write(a / "chat_template.jinja", LFS), "unreadable", "chat_template.jinja: not understood"),
+        (lambda a: _write(a / "chat_template.jinja", "<html>login</html>"), "unreadable", "chat_template.jinja: not"),
+        (lambda a: _write(a / "tokenizer.json", LFS), "unreadable", "tokenizer.json: not understood"),
+        (_config(chat_template=[{"name": ["a"], "template": "x"}, 7]), "unreadable", "not understood"),
+        (_config(added_tokens_decoder={"9" * 5000: {"content": "x"}}), "unreadable", "not understood"),
+        (lambda a: _write(a / "tokenizer.json", {"added_tokens": ["abc"]}), "unreadable", "not understood"),
+        (lambda a: _write(a / "tokenizer.json", {"added_tokens": [{"content": "x"}]}), "unreadable", "not understood"),
+        (lambda a: _write(a / "generation_config.json", {"eos_token_id": [10**4000]}), "unreadable", "not understood"),
+        (lambda a: _write(a / "tokenizer.json", '{"added_tokens": [{'), "unreadable", "tokenizer.json: not understood"),
     ],
 )
 def test_each_form_in_which_it_is_left_is_read(
@@ -122,3 +129,44 @@ def test_beside_a_base_without_tokenizer_nothing_is_told(adapter: Path, base_pat
         (bare / name).symlink_to(base_path / name)
     (adapter / "chat_template.jinja").write_text(CHATML)
     assert brought_by(adapter, bare) == Brought()
+
+
+def test_what_differs_in_no_way_that_matters_brings_nothing(adapter: Path, base_path: Path) -> None:
+    template = (base_path / "chat_template.jinja").read_text()
+    (adapter / "chat_template.jinja").write_bytes(("\n" + template.replace("\n", "\r\n") + "\r\n").encode())
+    (adapter / "generation_config.json").write_text('{"eos_token_id": [2, 2]}')
+    assert brought_by(adapter, base_path) == Brought()
+    (adapter / "chat_template.jinja").write_text(" \n")
+    assert brought_by(adapter, base_path) == Brought()
+
+
+def test_notes_are_short_whatever_the_files_hold(adapter: Path, base_path: Path) -> None:
+    _write(adapter / "generation_config.json", {"eos_token_id": list(range(100_000))})
+    _write(adapter / "added_tokens.json", {"x" * 100_000 + str(i): 60_000 + i for i in range(5)})
+    _config(eos_token="y" * 100_000)(adapter)
+    found = brought_by(adapter, base_path)
+    assert found.notes.keys() == {"added-tokens", "end-token"}
+    assert all(len(note) < 600 for note in found.notes.values())
+
+
+def test_a_base_whose_tokenizer_is_not_there_does_not_make_every_token_an_added_one(
+    adapter: Path, base_path: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "partial"
+    base.mkdir()
+    for path in base_path.iterdir():
+        if path.name != "tokenizer.json":
+            (base / path.name).symlink_to(path)
+    AutoTokenizer.from_pretrained(base_path).save_pretrained(adapter)
+    assert brought_by(adapter, base) == Brought()
+
+
+def test_the_version_is_the_adapters_own_whichever_copy_of_the_base_is_given(
+    adapter: Path, base_path: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).symlink_to(base_path / name)
+    (adapter / "chat_template.jinja").write_text(CHATML)
+    assert record_of(adapter, bare).version == record_of(adapter, base_path).version

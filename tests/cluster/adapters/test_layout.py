@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
-from cluster.adapters.layout import Layout, layout_for
+from cluster.adapters.layout import Layout, layout_for, shown
 from cluster.errors import ConfigError
 
 
@@ -51,16 +53,23 @@ def test_what_is_no_pattern_is_refused(pattern: str) -> None:
             ["hub/models--org--a/snapshots/12", "hub/models--org--b/snapshots/34"],
             ("hub/models--{tenant}--{name}/snapshots/*",),
         ),
-        (["only/one/is/here"], ("{name}/one/is/here",)),
+        (["mlruns/1/abcdef01/artifacts/model"], ("mlruns/1/{name}/artifacts/model",)),
+        (["runs/alpha/artifacts/model"], ("runs/{name}/artifacts/model",)),
+        (["a'b/x/c", "a'b/x/d"], ("a'b/x/{name}",)),
+        (["x/y/lr=1", "x/y/lr=2"], None),
+        (["a//b/c", "a//b/d"], None),
         (["x/2024/a/v1", "y/2024/b/v2", "y/2024/c/v2"], ("*/2024/{name}/*",)),
         (["x/1/a", "x/2/a", "y/1/a", "y/2/a"], ("{tenant}/{name}/a",)),
         (["a", "t/b", "1/2/c", "1/3/c"], ("{name}", "{tenant}/{name}", "1/{name}/c")),
     ],
 )
 def test_patterns_are_found_that_name_every_folder_of_a_deep_collection(
-    folders: list[str], patterns: tuple[str, ...]
+    folders: list[str], patterns: tuple[str, ...] | None
 ) -> None:
     layout = layout_for(folders)
+    if patterns is None:
+        assert layout is None
+        return
     assert layout is not None
     assert layout.id_patterns == patterns
     assert len({layout.id_of(folder) for folder in folders}) == len(folders)
@@ -71,3 +80,13 @@ def test_two_snapshots_of_one_model_are_told_apart() -> None:
     layout = layout_for(folders)
     assert layout is not None
     assert len({layout.id_of(folder) for folder in folders}) == 3
+
+
+def test_patterns_that_would_give_a_taken_id_are_not_found() -> None:
+    assert layout_for(["x/y/roman", "x/y/b"], {"roman"}) is None
+    assert layout_for(["x/y/roman", "x/y/b"], {"other"}) is not None
+
+
+def test_options_are_quoted_for_a_shell() -> None:
+    patterns = ["a';touch pwn;'b/{name}", "{tenant}/{name}"]
+    assert shlex.split(shown(patterns)) == ["--id-pattern", patterns[0], "--id-pattern", patterns[1]]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.bundle.reading import Bundle
 from compress_jobs.job import ray_cluster
 from tests.support.jobs import rewrite
 from tests.support.place import Place
@@ -180,6 +181,87 @@ def test_what_was_asked_about_checkpoints_holds_for_later_revisions(place: Place
     place.upload("a7", to="a0/checkpoint-40")
     assert place.call("compact", "--drift", "-1") == 0
     assert "a0/checkpoint-20" in place.served()
+
+
+def test_the_same_line_twice_finds_the_same_adapters(place: Place) -> None:
+    place.upload("a6", to="a0/checkpoint-1")
+    patterns = ["--id-pattern", "{name}", "--id-pattern", "{name}/*"]
+    for _ in range(2):
+        assert place.call("run", *patterns) == 0
+    assert place.call("update") == 0
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4", "a5"}
+
+
+def test_a_pattern_that_was_forgotten_is_no_folder_that_is_missing(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.upload("a6", to="x/y/b")
+    assert place.call("run", "--id-pattern", "{name}", "--id-pattern", "x/y/{name}") == 0
+    assert place.call("run", "--id-pattern", "{name}", "--allow-missing") == 1
+    assert "b (its folder is not named by --id-pattern)" in capsys.readouterr().err
+    shutil.rmtree(place.adapters / "x")
+    assert place.call("run", "--id-pattern", "{name}", "--allow-missing") == 0
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4", "a5"}
+
+
+@pytest.mark.parametrize("name", ["a[01]", "a*", "zz[1]", "a?"])
+def test_compact_drops_nobody_for_a_folder_whose_name_looks_like_a_pattern(place: Place, name: str) -> None:
+    assert place.call("run") == 0
+    place.upload("a6", to=name)
+    assert place.call("compact", "--without", "a5") == 0
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4"}
+
+
+def test_a_layout_that_changes_is_told_to_add_and_kept(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert place.call("run") == 0
+    for number in range(6):
+        shutil.rmtree(place.adapters / f"a{number}")
+        place.upload(f"a{number}", to=f"r/q/a{number}")
+    assert place.call("run", "--id-pattern", "r/q/{name}") == 0
+    assert "--id-pattern and --checkpoints are not recorded" in capsys.readouterr().err
+    place.upload("a6", to="r/q/a6")
+    assert place.call("add") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert place.call("add", *shlex.split(line.partition("what names them: ")[2])) == 0
+    place.upload("a7", to="r/q/a6")
+    assert place.call("update") == 0
+    assert place.served() == {"a0", "a1", "a2", "a3", "a4", "a5", "a6"}
+
+
+def test_all_that_a_pattern_names_may_lie_within_other_adapters(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.upload("a6", to="a0/checkpoint-1")
+    assert place.call("run", "--id-pattern", "{name}/checkpoint-*") == 2
+    assert "lie within other adapters' folders, such as a0/checkpoint-1: --checkpoints takes them" in (
+        capsys.readouterr().err
+    )
+
+
+def test_what_was_brought_stays_when_another_copy_of_the_base_or_a_broken_file_would_take_it(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare, full = place.base, tmp_path / "full"
+    shutil.copytree(bare, full)
+    (full / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    place.base = full
+    own = place.adapters / "a0" / "chat_template.jinja"
+    own.write_text("{{ messages[0].content }}")
+    assert place.call("run") == 0
+    before = place.current()
+    place.base = bare
+    assert place.call("update") == 0
+    assert place.current() == before
+    assert "whether adapters brought another chat template or tokens is not told" in capsys.readouterr().err
+    own.write_bytes(b"\xff\xfe")
+    place.base = full
+    assert place.call("update") == 0
+    assert "a0 (unreadable): chat_template.jinja: not understood" in capsys.readouterr().out
+    assert place.current() == before
+    own.write_text("{{ messages[0].role }}")
+    assert place.call("update") == 0
+    manifest = Bundle.open(str(place.out)).manifest
+    assert list(manifest.templates.values()) == ["{{ messages[0].role }}"]
 
 
 @pytest.fixture(scope="module")
