@@ -74,27 +74,35 @@ def move_current(store: Store, manifest: Manifest, seen_current: str | None) -> 
     wanted = Current(manifest.bundle, manifest.revision, uuid4().hex)
     data = (json.dumps(asdict(wanted), sort_keys=True) + "\n").encode()
     try:
-        if seen_current is None:
-            store.create("CURRENT", data)
-        else:
-            store.replace("CURRENT", data, if_match=seen_current)
+        found = _moved(store, data, seen_current)
     except (StoreUnreachable, StoreForbidden) as error:
         told = (
             f"{error}; whether CURRENT has moved cannot be told: start the same line again, or `show` what is published"
         )
         raise type(error)(told) from None
+    # Our own token: the write had succeeded and only its answer was lost. Another's token on the same revision: a job
+    # over the same inputs was faster, and what was to be published is.
+    if found is None or (found.bundle, found.revision) == (wanted.bundle, wanted.revision):
+        return
+    revision = f" revision {manifest.revision}" if manifest.revision else ""
+    there = f"bundle {found.bundle} revision {found.revision}" if found.bundle else "nothing"
+    raise PublishConflict(
+        f"{store.uri}/CURRENT was moved to {there} by another job while this one ran; "
+        f"bundle {manifest.bundle}{revision} is complete but not current: run the job again if it should be"
+    )
+
+
+def _moved(store: Store, data: bytes, seen_current: str | None) -> Current | None:
+    """None where CURRENT was moved to ``data``; else what it names, an empty one where it is gone."""
+    try:
+        if seen_current is None:
+            store.create("CURRENT", data)
+        else:
+            store.replace("CURRENT", data, if_match=seen_current)
     except StoreConflict:
         found = read_current(store)
-        # Our own token: the write had succeeded and only its answer was lost. Another's token on the same
-        # revision: a job over the same inputs was faster, and what was to be published is.
-        if found is not None and (found[0].bundle, found[0].revision) == (wanted.bundle, wanted.revision):
-            return
-        revision = f" revision {manifest.revision}" if manifest.revision else ""
-        there = f"bundle {found[0].bundle} revision {found[0].revision}" if found else "nothing"
-        raise PublishConflict(
-            f"{store.uri}/CURRENT was moved to {there} by another job while this one ran; "
-            f"bundle {manifest.bundle}{revision} is complete but not current: run the job again if it should be"
-        ) from None
+        return found[0] if found else Current("", 0, "")
+    return None
 
 
 def _create_manifest(store: Store, manifest: Manifest) -> tuple[Manifest, bool]:

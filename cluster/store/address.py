@@ -38,13 +38,19 @@ def local_path(uri: str) -> str | None:
     if match is None:
         if not uri.strip() or "\0" in uri:
             raise ConfigError(f"{uri!r} is no path; expected s3://bucket/prefix, {_LOCAL}")
-        if _MISSPELT.match(uri.strip()):
+        if uri != uri.strip() or uri[0] in "\"'" or expanduser(uri).startswith("~"):
+            raise ConfigError(
+                f"{uri!r}: spaces or quotes around it, or no such user; expected s3://bucket/prefix, {_LOCAL}"
+            )
+        if _MISSPELT.match(uri) or "://" in uri:
             raise ConfigError(
                 f"{uri!r} begins like a URI and is none; expected s3://bucket/prefix or file:///path (./ before a "
                 "local path that begins so)"
             )
         return uri
     scheme, rest = match["scheme"].lower(), match["rest"]
+    if uri != uri.strip():
+        raise ConfigError(f"an address of scheme {scheme!r} that ends in a space or a line break; take it away")
     if scheme == "s3":
         return None
     if scheme == "file":

@@ -174,7 +174,7 @@ class S3Store(Store):
         for round_index in itertools.count():
             try:
                 return request()
-            except (boto.ClientError, boto.BotoCoreError, ResponseParserError, _CutShort) as error:
+            except (boto.ClientError, boto.BotoCoreError, ResponseParserError, _CutShort, OSError) as error:
                 if round_index + 1 >= _num_rounds(error):
                     raise self._explain(error, f"{operation} {self._where(key)}") from error
             time.sleep(min(2**round_index, 4) * random.uniform(0.25, 0.5))
@@ -186,7 +186,11 @@ class S3Store(Store):
         if isinstance(error, boto.ClientError):
             return _explain_answer(error, where)
         if isinstance(error, _NO_CREDENTIALS):
-            return StoreForbidden(f"{where}: {error}; {_set_credentials()}")
+            return StoreForbidden(f"{where}: {_no_credentials(error)}; {_set_credentials()}")
+        if isinstance(error, OSError) and not isinstance(
+            error, boto.BotoCoreError
+        ):  # a token file, or a credential_process, that is not there
+            return StoreForbidden(f"{where}: credentials cannot be read ({error}); {_set_credentials()}")
         if isinstance(error, boto.SSLError):
             return StoreUnreachable(
                 f"{where}: {error}; set AWS_CA_BUNDLE to the certificate of the authority that signed the store's, or "
@@ -199,7 +203,7 @@ class S3Store(Store):
             cause = getattr(error, "kwargs", {}).get("error")
             return StoreUnreachable(
                 f"{where}: the request could not be sent ({type(cause).__name__}); "
-                "look for line breaks in AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN"
+                "look for line breaks in AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN, and at HTTP_PROXY and HTTPS_PROXY"
             )
         if isinstance(error, ResponseParserError):
             return StoreUnreachable(f"{where}: the answer is not S3's; check AWS_ENDPOINT_URL")
@@ -268,6 +272,18 @@ def _read_body(body: StreamingBody) -> bytes:
             raise _CutShort(f"the body was cut short ({error})") from error
 
 
+def _no_credentials(error: Exception) -> str:
+    # What a credential_process has printed may be anything.
+    is_its_own = isinstance(error, boto.CredentialRetrievalError)
+    return "credentials could not be retrieved by the configured process or role" if is_its_own else str(error)
+
+
+def _check_bundle(uri: str) -> None:
+    path = os.environ.get("AWS_CA_BUNDLE", "")
+    if path and not os.access(path, os.R_OK):
+        raise ConfigError(f"{uri}: AWS_CA_BUNDLE is {path!r}, which cannot be read; give a file of certificates")
+
+
 def _set_credentials() -> str:
     # The node: on a Ray cluster the driver may have them and a worker not.
     where = f"where this runs, on {socket.gethostname()}"
@@ -297,6 +313,7 @@ def _make_client(uri: str) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
+    _check_bundle(uri)
     try:
         core = botocore.session.get_session()
         session = boto3.session.Session(botocore_session=core)
@@ -310,11 +327,14 @@ def _make_client(uri: str) -> Any:
             config = config.merge(Config(s3={"addressing_style": "path"}))
             client = session.client("s3", config=config, region_name=region)
     except _NO_CREDENTIALS as error:
-        raise StoreForbidden(f"{uri}: {error}; {_set_credentials()}") from None
-    except (boto.BotoCoreError, ValueError) as error:
-        seen = str(error) if isinstance(error, boto.BotoCoreError) else "an invalid endpoint"
+        raise StoreForbidden(f"{uri}: {_no_credentials(error)}; {_set_credentials()}") from None
+    except (boto.BotoCoreError, ValueError, OSError, AttributeError, TypeError) as error:
+        seen = str(error) if isinstance(error, (boto.BotoCoreError, OSError)) else "an invalid endpoint or setting"
         raise ConfigError(f"{uri}: {seen}; correct the AWS_* environment variables or ~/.aws/config") from None
     _let_requester_pay(client)
-    if urlsplit(client.meta.endpoint_url).password is not None:
-        raise ConfigError(f"{uri}: AWS_ENDPOINT_URL holds a password; put credentials into AWS_SECRET_ACCESS_KEY")
+    endpoint = urlsplit(client.meta.endpoint_url)
+    if "@" in endpoint.netloc or endpoint.query:
+        raise ConfigError(
+            f"{uri}: AWS_ENDPOINT_URL holds more than a host and a path; put credentials into AWS_SECRET_ACCESS_KEY"
+        )
     return client

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from cluster.bundle.export import export_adapter
 from cluster.bundle.reading import Bundle
-from compress_jobs.host.submission import check_place
+from cluster.errors import ConfigError
+from compress_jobs.host.submission import local_file
 
 
 def add_parser(commands: Any) -> None:
@@ -19,14 +19,15 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("uri", help="the job's --out, or <out>/bundles/<bundle_id>")
     parser.add_argument("--adapter", metavar="ID", required=True)
-    parser.add_argument(
-        "--to", metavar="DIR", type=Path, required=True, help="folder to write; must not exist, or be empty"
-    )
+    parser.add_argument("--to", metavar="DIR", required=True, help="folder to write; must not exist, or be empty")
     parser.set_defaults(execute=_export)
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    check_place("--to", str(parsed.to), written=True)
-    num_modules = export_adapter(Bundle.open(parsed.uri), parsed.adapter, parsed.to)
+    target = local_file("--to", parsed.to)
+    try:
+        num_modules = export_adapter(Bundle.open(parsed.uri), parsed.adapter, target)
+    except OSError as error:
+        raise ConfigError(f"--to {parsed.to}: {error.strerror}; give a folder that can be written") from None
     print(f"wrote {parsed.adapter} ({num_modules} modules) to {parsed.to}")
     return 0

@@ -55,7 +55,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         # What old editors end lines with is no line's end in TOML.
         document = tomllib.loads(text.replace("\r\n", "\n").replace("\r", "\n"))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path}: not TOML ({error})") from None
     specs = {spec.name: spec for spec in dataclasses.fields(RunOptions)}
     values: dict[str, Any] = {}

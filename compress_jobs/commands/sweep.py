@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.errors import ConfigError
 from compress_jobs.commands.collection import add_collection_arguments, base_and_layout
-from compress_jobs.host.submission import check_place
+from compress_jobs.host.submission import local_file
 
 _DESCRIPTION = """\
 Compress a collection in memory in every combination of method, rank and number of clusters, ask the adapters their
@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--clusters", metavar="NUMBERS", type=_numbers, default="1,2,4", help="default: 1,2,4")
     parser.add_argument("--rows", metavar="N", type=int, default=32, help="held-out rows an adapter (default: 32)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default: 0")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="add every row to this file, a line of JSON each")
+    parser.add_argument("--out", metavar="FILE", help="add every row to this file, a line of JSON each")
     parser.set_defaults(execute=_sweep)
 
 
@@ -83,15 +83,14 @@ class _Results:
     """The result file: lines are added as they come, so that what a stopped sweep has measured is not lost."""
 
     def __init__(self, parsed: argparse.Namespace) -> None:
-        self._path: Path | None = parsed.out
+        self._path = local_file("--out", parsed.out) if parsed.out is not None else None
         options = {name: value for name, value in vars(parsed).items() if name not in ("command", "execute")}
         shown = [word for name, value in options.items() for word in _words(f"--{name.replace('_', '-')}", value)]
         self._command = f"python -m compress_jobs sweep {' '.join(shown)}"
         if self._path is not None:
-            check_place("--out", str(self._path), written=True)
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.touch()
+                self._path.open("a").close()
             except OSError as error:
                 raise ConfigError(f"--out {self._path}: {error.strerror}; give a file that can be written") from None
 

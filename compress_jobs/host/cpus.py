@@ -19,7 +19,7 @@ def _quotas(root: Path) -> list[float]:
     """In CPUs. Only the root that a container sees is looked at by most libraries; a service of systemd, or a batch
     system, has its quota in a cgroup below the host's."""
     found = []
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             for mount in _mounts(root, controllers.split(",")):
@@ -37,9 +37,9 @@ def _mounts(root: Path, controllers: list[str]) -> list[Path]:
 
 
 def _quota(folder: Path) -> float | None:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError, ZeroDivisionError):
         return _share(*(folder / "cpu.max").read_text().split())
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, ZeroDivisionError):
         quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return _share(quota, period)
     return None

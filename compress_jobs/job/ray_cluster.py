@@ -21,7 +21,7 @@ from cluster.errors import ConfigError, CtsError, StoreError
 from cluster.store.address import local_path, open_store
 from cluster.store.protocol import Store
 from compress_jobs.host.cpus import available_cpus
-from compress_jobs.host.submission import is_submitted
+from compress_jobs.host.submission import SUBMITTED
 from compress_jobs.job.options import RunOptions
 from compress_jobs.progress import say
 
@@ -42,8 +42,7 @@ def connect(options: RunOptions) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS", "")
     if address not in ("", "local"):
-        if not is_submitted():  # by a cluster that is there
-            _check_reachable(address)
+        _check_reachable(address)
         try:
             ray.init(log_to_driver=False, logging_level="warning")
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
@@ -52,14 +51,20 @@ def connect(options: RunOptions) -> None:
         say(f"Ray cluster at {address}: {len(nodes)} nodes, {ray.cluster_resources().get('CPU', 0):g} CPUs")
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=options.num_cpus or available_cpus(),
-        include_dashboard=False,
-        object_store_memory=512 << 20,
-        log_to_driver=False,
-        logging_level="warning",
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=options.num_cpus or available_cpus(),
+            include_dashboard=False,
+            object_store_memory=512 << 20,
+            log_to_driver=False,
+            logging_level="warning",
+        )
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ConfigError(
+            f"Ray cannot be started on this machine: {_one_line(str(error))}; look at RAY_AUTH_TOKEN_PATH, "
+            "RAY_TMPDIR and HOME, which must be a folder that can be written"
+        ) from None
 
 
 def check_shared(options: RunOptions, store: Store, files: AdapterFiles, relative: Sequence[str]) -> None:
@@ -111,11 +116,17 @@ def _answer(reference: Any, where: str) -> str | None:
 
 def _unseen(adapters: str, out: str, key: str, token: bytes, files: AdapterFiles) -> str | None:
     """Which of the two is not, on the node that this runs on, what it is on the driver's."""
+    own = f"{key}-{uuid4().hex}"
     try:
         if open_store(out).read(key).data != token:
             return f"--out {out}: it is another folder"
     except StoreError:
         return f"--out {out}: what this node writes there is not seen"
+    try:
+        open_store(out).write(own, token)
+        open_store(out).delete(own)
+    except StoreError as error:
+        return f"--out {out}: cannot be written ({error})"
     for entry in filter(None, (files.config, files.weights)):
         try:
             if open_store(adapters).head(entry.key).etag != entry.etag:
@@ -133,14 +144,19 @@ def _own_node() -> str | None:
 def _check_reachable(address: str) -> None:
     """In a process of its own: a connection that cannot be made keeps Ray busy for many minutes, and cannot be given
     up from within."""
-    if address.startswith(("http://", "https://")):
+    if "@" in address:
+        raise ConfigError("RAY_ADDRESS holds more than host:port; the token of a Ray cluster stands in RAY_AUTH_TOKEN")
+    if address.lower().startswith(("http://", "https://")):
         raise ConfigError(
             f"RAY_ADDRESS is {address!r}, where jobs are submitted: `ray job submit` reads it; to join the Ray cluster "
             "from one of its nodes, set it to host:port of the head (6379 by default)"
         )
     _check_listening(address)
     with tempfile.TemporaryFile() as log:
-        probe = subprocess.Popen([sys.executable, "-c", _PROBE], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        # Not as the submitted job that this may be: Ray would set that up once more.
+        environment = {name: value for name, value in os.environ.items() if name != SUBMITTED}
+        command = [sys.executable, "-c", _PROBE]
+        probe = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         deadline = time.monotonic() + _PATIENCE_S
         text = ""
         try:
@@ -148,9 +164,12 @@ def _check_reachable(address: str) -> None:
                 time.sleep(0.1)
                 text = _written(log.fileno())
         finally:
+            ended = probe.poll() is not None
             probe.kill()  # which does nothing to one that has ended
             probe.wait()
         text = _written(log.fileno())
+    if not _one_line(text) and "InvalidAuthToken" not in text and ended and probe.returncode < 0:
+        text = "Ray's process ended at once; look for line breaks and signs in the token that no HTTP header may have"
     if probe.returncode != 0:
         raise _cannot_join(address, text)
 
@@ -161,17 +180,19 @@ def _written(descriptor: int) -> str:
 
 
 def _check_listening(address: str) -> None:
-    parts = urlsplit(address if "://" in address else f"//{address}")
     try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname, parts.port
     except ValueError:
-        raise _cannot_join(address, "it is no host:port") from None
-    if host is None or port is None:
+        raise _cannot_join(address, "it is no host:port ([::1]:6379 for IPv6)") from None
+    if port is None and "://" not in address:
         return  # "auto"; Ray says what it makes of others
+    if host is None or port is None:
+        raise _cannot_join(address, "it is no ray://host:port (10001 by default)")
     try:
         socket.create_connection((host, port), timeout=5).close()
-    except OSError as error:
-        raise _cannot_join(address, f"nothing answers there: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # a name that no name server takes is a ValueError
+        raise _cannot_join(address, f"nothing answers there: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _cannot_join(address: str, text: str) -> ConfigError:

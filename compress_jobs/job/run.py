@@ -6,6 +6,7 @@ part in ``work/`` (see parts.py): a job that was killed goes on from there when 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 from cluster.bundle.manifest import Manifest, Method
@@ -60,10 +61,12 @@ def run(job: Job) -> Outcome:
 def _finish(job: Job, outcome: Outcome) -> str | None:
     manifest, summary = outcome.manifest, outcome.summary
     served_again = {i: when for i, when in job.notes.items() if i in manifest.adapters}
-    return unfinished(
-        lambda: complete_page(job.store, manifest, asdict(summary) if summary else None),
-        lambda: forget_removed(job.store, served_again),
-    )
+    if summary:
+        # Notes of who is served are not looked at: one that cannot be taken back harms nobody. Not by a run that has
+        # published nothing, for a `remove` may have written one just before it publishes.
+        with suppress(CtsError):
+            forget_removed(job.store, served_again)
+    return unfinished(lambda: complete_page(job.store, manifest, asdict(summary) if summary else None))
 
 
 def _run(job: Job) -> Outcome:

@@ -45,8 +45,11 @@ def read_tasks(path: Path, num_rows: int) -> dict[str, Task]:
         # Not splitlines: what else that takes for a line's end may stand in a string.
         documents = [json.loads(line) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
         tasks = [Task(d["name"], d["question"], tuple((x, y) for x, y in d["test"][:num_rows])) for d in documents]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--tasks {path}: {error!r}; expected JSON lines with name, question and test") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        seen = f"key {error} is missing" if isinstance(error, KeyError) else f"a line of another form ({error})"
+        raise ConfigError(f"--tasks {path}: {seen}; expected JSON lines with name, question and test") from None
+    if not tasks:
+        raise ConfigError(f"--tasks {path}: no task in it; expected JSON lines with name, question and test")
     for task in tasks:
         if not task.rows:
             raise ConfigError(f"--tasks {path}: task {task.name!r} has no test rows; add some, or remove the task")

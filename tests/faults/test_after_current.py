@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,6 @@ from tests.support.seaweed import BUCKET, S3Server
     "action",
     [
         Action.EXPIRED,
-        pytest.param(Action.FORBIDDEN, marks=pytest.mark.slow),
         pytest.param(Action.DROP, marks=pytest.mark.slow),
     ],
 )
@@ -64,6 +64,31 @@ def test_a_store_that_fails_after_current_has_moved_has_published_and_is_complet
             assert "unchanged:" in job.communicate(timeout=180)[0]
         assert not [key for key in _keys(s3_server, out) if "/work/" in key]
     assert len(_pages(s3_server, out)) == 1
+
+
+@pytest.mark.slow
+def test_a_compaction_whose_store_fails_after_current_has_moved_has_published(
+    place: Place, s3_server: S3Server, s3_bucket: str
+) -> None:
+    moved = False
+
+    def forbid_after(method: str, path: str, headers: dict[str, str]) -> Action:
+        nonlocal moved
+        if moved and "/out/REMOVED" in path:
+            return Action.FORBIDDEN
+        moved = moved or (method == "PUT" and path.endswith("/out/CURRENT"))
+        return Action.FORWARD
+
+    out = f"{s3_bucket}/out"
+    source = ["--adapters", str(place.adapters), "--base", str(place.base)]
+    with job_process(*source, "--out", out, "--rank", "2") as job:
+        assert job.wait(180) == 0
+    line = ["compact", out, *source, "--without", "a0", "--num-cpus", "1"]
+    with S3Proxy(s3_server, forbid_after) as proxy:
+        environment = os.environ | {"AWS_ENDPOINT_URL": proxy.endpoint}
+        done = subprocess.run([sys.executable, "-m", "compress_jobs", *line], env=environment)
+    assert done.returncode == 0
+    assert moved
 
 
 @pytest.mark.slow

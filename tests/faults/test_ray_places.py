@@ -54,10 +54,8 @@ def test_a_job_joins_a_ray_cluster_by_its_token(head: Head, place: Place) -> Non
     ("environment", "seen"),
     [
         ({}, "none or another one was given"),
-        ({"RAY_AUTH_MODE": "disabled"}, "none or another one was given"),
         ({"RAY_AUTH_MODE": "token"}, "none was found here"),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another-token-0123456789"}, "none or another one was given"),
-        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nowhere"}, "none was found here"),
     ],
 )
 def test_a_token_that_is_missing_or_wrong_is_one_line(
@@ -85,13 +83,8 @@ def submission(tmp_path: Path, place: Place, s3_bucket: str, s3_server: S3Server
     upload(place.adapters, f"{s3_bucket}/adapters")
     run = (REPOSITORY / "infra" / "job" / "run.toml").read_text()
     checkout = tmp_path / "checkout"
-    tracked = subprocess.run(
-        ["git", "ls-files", "-coz", "--exclude-standard"], cwd=REPOSITORY, check=True, capture_output=True, text=True
-    )
-    for name in filter(None, tracked.stdout.split("\0")):
-        if name.startswith(("cluster/", "compress_jobs/", "infra/job/")) and (REPOSITORY / name).exists():
-            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, checkout / name)
+    for name in ("cluster", "compress_jobs", "infra/job"):
+        shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     (checkout / "infra" / "job" / "run.toml").write_text(run.replace("s3://lora", s3_bucket).replace("16", "2"))
     environment = yaml.safe_load((REPOSITORY / "infra" / "job" / "runtime_env.yaml").read_text())
     environment["env_vars"] |= {
@@ -137,20 +130,14 @@ def test_workers_without_the_drivers_credentials_say_on_which_node(
     assert last_line(printed).endswith(f"where this runs, on {socket.gethostname()}")
 
 
-@pytest.mark.parametrize(
-    ("out", "seen"),
-    [
-        ("bundle", "--out bundle: a relative path, but a job that was submitted runs in a copy of its working folder"),
-        ("/of/a/laptop", "--out /of/a/laptop: neither it nor the folder above it is on the node"),
-    ],
-)
 def test_a_submitted_job_writes_nothing_where_nobody_finds_it(
-    head: Head, place: Place, submission: tuple[Path, list[str]], out: str, seen: str
+    head: Head, place: Place, submission: tuple[Path, list[str]]
 ) -> None:
     checkout, given = submission
-    status, printed = head.submit("python", "-m", "compress_jobs", *options(place, out), options=given, cwd=checkout)
+    line = ("python", "-m", "compress_jobs", *options(place, "bundle"))
+    status, printed = head.submit(*line, options=given, cwd=checkout)
     assert status != 0
-    assert seen in printed
+    assert "--out bundle: a relative path, but a job that was submitted runs in a copy of its working folder" in printed
     assert "inspect:" not in printed
 
 
@@ -189,7 +176,9 @@ def test_a_folder_that_another_node_does_not_see_is_refused_before_any_work(
 ) -> None:
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode != 0:
         pytest.skip("this machine gives nobody a mount namespace of his own")
-    with ray_head(tmp_path_factory.mktemp("two"), dashboard=False) as head, ray_node(head, tmp_path):
+    readable = tmp_path_factory.mktemp("readable")
+    hidden = f"{tmp_path} && mount --bind {readable} {readable} && mount -o remount,ro,bind {readable}"
+    with ray_head(tmp_path_factory.mktemp("two"), dashboard=False) as head, ray_node(head, hidden):
         status, printed = head.job(*options(place), **WITH_TOKEN)
         assert status == 2
         assert f"--out {place.out}: what this node writes there is not seen on Ray's node " in last_line(printed)
@@ -200,13 +189,16 @@ def test_a_folder_that_another_node_does_not_see_is_refused_before_any_work(
         assert status == 2
         assert re.search(r"--adapters \S+: a\d+/adapter_config.json is not seen on Ray's node ", last_line(printed))
 
+        place.adapters = shutil.copytree(place.adapters, shared / "adapters")
+        status, printed = head.job(*options(place, str(readable / "out")), **WITH_TOKEN)
+        assert status == 2
+        assert re.search(r"--out \S+: cannot be written .* on Ray's node ", last_line(printed))
+
         status, printed = head.job(*options(place, "relative/out"), **WITH_TOKEN)
         shutil.rmtree(REPOSITORY / "relative")
         assert status == 2
         assert "--out relative/out: a relative path, and Ray has 1 other nodes" in last_line(printed)
 
-        adapters = shutil.copytree(place.adapters, shared / "adapters")
-        place.adapters = adapters
         status, printed = head.job(*options(place, str(shared / "out")), **WITH_TOKEN)
         assert status == 0, printed
         assert [path.name for path in (shared / "out" / "work").glob("shared-*")] == []

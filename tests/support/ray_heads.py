@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -77,25 +79,37 @@ def ray_head(folder: Path, version: str = "", dashboard: bool = True, **environm
     port, dashboard_port, agent_port, client_port = (_free_port() for _ in range(4))
     head = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", folder / "home")
     head.home.mkdir(parents=True)
+    # Of its own, and short, for there are sockets in it: a submitted job looks there for its Ray, and would find
+    # another one that was started since.
+    own_folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     ray = [sys.executable, "-c", _AS_VERSION, version] if version else [str(BIN / "ray")]
     command = [
         *(*ray, "start", "--head", f"--port={port}", "--num-cpus=2", *_SMALL),
         *(f"--dashboard-agent-listen-port={agent_port}", f"--ray-client-server-port={client_port}"),
-        *(f"--include-dashboard={dashboard}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"),
+        *(
+            f"--temp-dir={own_folder}",
+            f"--include-dashboard={dashboard}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard_port}",
+        ),
     ]
     own = head.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN, **environment)
-    with _started(command, own, folder) as process:
-        _wait(head, process, dashboard)
-        yield head
+    try:
+        with started(command, own, folder) as process:
+            _wait(head, process, dashboard)
+            yield head
+    finally:
+        shutil.rmtree(own_folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def ray_node(head: Head, hidden: Path) -> Iterator[None]:
-    """A further node on this machine that has an empty folder of its own where others have ``hidden``."""
+def ray_node(head: Head, hidden: Path | str) -> Iterator[None]:
+    """A further node on this machine that has an empty folder of its own where others have ``hidden`` (and
+    what a shell makes of it besides)."""
     mount = f"mount -t tmpfs none {hidden} && exec {BIN / 'ray'} start --address={head.address} --num-cpus=1 "
     command = ["unshare", "-Urm", "sh", "-c", mount + " ".join(_SMALL)]
     own = head.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
-    with _started(command, own, head.home) as process:
+    with started(command, own, head.home) as process:
         deadline = time.monotonic() + _PATIENCE_S
         status = "import ray; ray.init(logging_level='error'); print(sum(n['Alive'] for n in ray.nodes()))"
         while True:
@@ -109,7 +123,7 @@ def ray_node(head: Head, hidden: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _started(command: Sequence[str], environment: dict[str, str], cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: Sequence[str], environment: dict[str, str], cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +141,27 @@ TABLE: dict[str, tuple[Situation, int, str]] = {
     "out: file with one slash": (_out("file:/lora/x"), 2, r"begins like a URI and is none"),
     "out: another scheme": (_out("gs://lora/x"), 2, r"a store of scheme 'gs'; expected s3://"),
     "out: a secret in it": (_out("s3://key:hunter2-secret@lora/x"), 2, r"with credentials and endpoint in the environ"),
+    "out: in quotes": (_out('"s3://lora/b"'), 2, r"spaces or quotes around it"),
+    "out: a space behind": (_out("s3://lora/b "), 2, r"ends in a space or a line break"),
+    "out: a line break behind": (_out("s3://lora/b\n"), 2, r"ends in a space or a line break"),
+    "out: no scheme": (_out("://lora/b"), 2, r"begins like a URI and is none"),
+    "out: a digit before": (_out("3s://lora/b"), 2, r"begins like a URI and is none"),
+    "out: nobody's home": (_out("~nobody-of-that-name/b"), 2, r"no such user"),
+    "export: to a URI": (
+        _published(lambda s: ["export", str(s.place.out), "--adapter", "a0", "--to", "s3://lora/x"]),
+        2,
+        r"--to s3://lora/x: it writes on this machine; give a local path",
+    ),
+    "export: to a long name": (
+        _published(lambda s: ["export", str(s.place.out), "--adapter", "a0", "--to", f"{s.root}/{'x' * 300}"]),
+        2,
+        r"--to \S+: File name too long",
+    ),
+    "report: to a URI": (
+        _published(lambda s: ["report", str(s.place.out), "--to", "s3://lora/r.html"]),
+        2,
+        r"--to s3://lora/r.html: it writes on this machine",
+    ),
     "out: empty": (lambda s: ["run", "--adapters", "a", "--base", "b"], 2, r"--out is missing; give --out or put it"),
     "out: relative, submitted": (_submitted(_out("bundle")), 2, r"--out bundle: a relative path, but a job that was"),
     "out: elsewhere, submitted": (_submitted(_out("/of/a/laptop")), 2, r"neither it nor the folder above it is on the"),
@@ -164,8 +188,16 @@ TABLE: dict[str, tuple[Situation, int, str]] = {
     "config: an unknown key": (_config('output = "x"'), 2, r"unknown key 'output'; known keys are accept-base"),
     "config: no TOML": (_config("rank ="), 2, r"not TOML"),
     "config: UTF-16 without a mark": (_config("rank = 2".encode("utf-16-le")), 2, r"it is UTF-16 without a byte order"),
+    "config: an endless number": (_config("rank = " + "9" * 5000), 2, r"not TOML"),
+    "config: nested without end": (_config("rank = " + "[" * 20000), 2, r"not TOML"),
+    "config: an archive": (_config(b"\x1f\x8b\x08\0"), 2, r"it is a gzip archive"),
+    "config: a folder": (lambda s: s.run("--config", str(s.root)), 2, r"no regular file; give the path of a TOML file"),
     "config: a page": (_config(b"<html>\xff"), 2, r"it is an HTML page"),
     "tasks: no text": (_tasks(b"\xff\xfe\xff"), 2, r"--tasks .*tasks.jsonl: it is no UTF-8 text"),
+    "tasks: none": (_tasks("\n"), 2, r"no task in it"),
+    "tasks: nested without end": (_tasks("[" * 100000), 2, r"expected JSON lines with name, question and test"),
+    "tasks: a list": (_tasks("[]"), 2, r"expected JSON lines with name, question and test"),
+    "tasks: a key is missing": (_tasks('{"name": "x"}'), 2, r"key 'question' is missing; expected JSON lines"),
     "tasks: no JSON": (_tasks("name"), 2, r"expected JSON lines with name, question and test"),
     "id-pattern": (
         lambda s: s.run("--id-pattern", "{id}"),
@@ -204,6 +236,11 @@ TABLE: dict[str, tuple[Situation, int, str]] = {
         r"cannot be joined: nothing answers there: Conn",
     ),
     "ray: no such host": (lambda s: s.at("no-host.invalid:6379"), 2, r"cannot be joined: nothing answers there: "),
+    "ray: a name that cannot be": (lambda s: s.at("head..svc:6379"), 2, r"cannot be joined: nothing answers there"),
+    "ray: half an IPv6 address": (lambda s: s.at("[::1"), 2, r"it is no host:port \(\[::1\]:6379 for IPv6\)"),
+    "ray: client without a port": (lambda s: s.at("ray://127.0.0.1"), 2, r"it is no ray://host:port"),
+    "ray: a password": (lambda s: s.at("http://u:hunter2-secret@h:1"), 2, r"RAY_ADDRESS holds more than host:port"),
+    "ray: the jobs' address in capitals": (lambda s: s.at("HTTP://h:8265"), 2, r"where jobs are submitted"),
     "ray: no address": (lambda s: s.at("bogus"), 2, r"cannot be joined: Invalid address format: bogus"),
     "ray: the jobs' address": (
         lambda s: s.at("http://127.0.0.1:8265"),
@@ -252,6 +289,15 @@ S3_TABLE: dict[str, tuple[dict[str, str], Action, int, str]] = {
         r"AWS_REQUEST_PAYER=requester$"),
     "a token that has expired": ({"AWS_SESSION_TOKEN": "s3cr3t-token"}, Action.EXPIRED, 1,
         r"get .*: answered 400 ExpiredToken: .*; renew the credentials and their AWS_SESSION_TOKEN$"),
+    "a token file that is not there": (
+        {"AWS_ACCESS_KEY_ID": "", "AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere", "AWS_ROLE_ARN": "arn:aws:iam::1:role/x"},
+        Action.FORWARD, 1, r"get .*: credentials cannot be read \(.*/nowhere.*\); set AWS_ACCESS_KEY_ID"),
+    "an authority that is not there": ({"AWS_CA_BUNDLE": "/nowhere"}, Action.FORWARD, 2,
+        r"AWS_CA_BUNDLE is '/nowhere', which cannot be read"),
+    "a secret in the address": ({"AWS_ENDPOINT_URL": "http://hunter2-secret@127.0.0.1:9"}, Action.FORWARD, 2,
+        r"AWS_ENDPOINT_URL holds more than a host and a path"),
+    "a secret after the address": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9/?x=hunter2-secret"}, Action.FORWARD, 2,
+        r"AWS_ENDPOINT_URL holds more than a host and a path"),
     "nothing listens": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, Action.FORWARD, 1,
         r"get .*Could not connect.*; check AWS_ENDPOINT_URL, the network, and that the store is up$"),
     "no TLS there": ({"AWS_ENDPOINT_URL": "TLS"}, Action.FORWARD, 1, r"get .*; .*AWS_(CA_BUNDLE|ENDPOINT_URL)"),
@@ -276,6 +322,7 @@ def test_the_stores_messages_name_operation_and_variable(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     environment, action, code, expected = S3_TABLE[situation]
+    monkeypatch.setattr("cluster.store.s3.NUM_ROUNDS", 1)  # nobody waits for a store that stays away in a test
     with S3Proxy(s3_server, always(action)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         for name, value in environment.items():
@@ -330,3 +377,34 @@ def test_tasks_are_read_whatever_the_editor(tmp_path: Path, encoding: str, end: 
     path = tmp_path / "tasks.jsonl"
     path.write_bytes(end.join([*(json.dumps(row, ensure_ascii=False) for row in rows), ""]).encode(encoding))
     assert read_tasks(path, 1) == {f"n{i}": Task(f"n{i}", "wie groß\u2028{x}?", (("a", "b"),)) for i in range(2)}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nowhere"},
+            "Ray cannot be started on this machine: .*to",
+        ),
+        ({"RAY_TMPDIR": "/proc/nowhere"}, "Ray cannot be started on this machine: .*RAY_TMPDIR"),
+    ],
+)
+def test_a_ray_that_cannot_be_started_here_is_one_line(
+    place: Place, environment: dict[str, str], expected: str
+) -> None:
+    line = Scene(place, place.out, pytest.MonkeyPatch(), contextlib.ExitStack()).run("--num-cpus", "1")
+    done = subprocess.run(
+        [sys.executable, "-m", "compress_jobs", *line], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert re.search(expected, done.stderr.splitlines()[-1])
+
+
+def test_a_home_folder_is_where_it_is_written_to(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place.call("run") == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["export", str(place.out), "--adapter", "a0", "--to", "~/exported"]) == 0
+    assert main(["report", str(place.out), "--to", f"file://{tmp_path}/r.html"]) == 0
+    assert (tmp_path / "exported" / "adapter_config.json").exists()
+    assert (tmp_path / "r.html").exists()

@@ -452,7 +452,7 @@ def test_any_sequence_of_uploads_damage_and_commands_keeps_both_promises(
     monkeypatch.setattr(Lineage, "generated", generated, raising=False)
     monkeypatch.setattr(Lineage, "root", tmp_path, raising=False)
     bounds = settings(
-        max_examples=50,
+        max_examples=30,
         stateful_step_count=20,
         deadline=None,
         derandomize=True,
