@@ -14,14 +14,10 @@ from tests.support.processes import job_process
 from tests.support.s3_proxy import Action, S3Proxy
 from tests.support.seaweed import BUCKET, S3Server
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.parametrize(
-    "action",
-    [
-        Action.EXPIRED,
-        pytest.param(Action.DROP, marks=pytest.mark.slow),
-    ],
-)
+
+@pytest.mark.parametrize("action", [Action.EXPIRED, Action.DROP])
 def test_a_store_that_fails_after_current_has_moved_has_published_and_is_completed_later(
     place: Place, s3_server: S3Server, s3_bucket: str, action: Action, tmp_path: Path
 ) -> None:
@@ -66,7 +62,6 @@ def test_a_store_that_fails_after_current_has_moved_has_published_and_is_complet
     assert len(_pages(s3_server, out)) == 1
 
 
-@pytest.mark.slow
 def test_a_compaction_whose_store_fails_after_current_has_moved_has_published(
     place: Place, s3_server: S3Server, s3_bucket: str
 ) -> None:
@@ -91,7 +86,6 @@ def test_a_compaction_whose_store_fails_after_current_has_moved_has_published(
     assert moved
 
 
-@pytest.mark.slow
 def test_where_the_answer_about_current_is_lost_with_the_store_the_line_says_so_and_its_twin_tells(
     place: Place, s3_server: S3Server, s3_bucket: str
 ) -> None:
