@@ -76,7 +76,7 @@ class Head:
 def ray_head(folder: Path, version: str = "", dashboard: bool = True, **environment: str) -> Iterator[Head]:
     """A head with a token, started with nothing in its environment but ``environment``; it may say that it is of
     another ``version`` of Ray."""
-    port, dashboard_port, agent_port, client_port = (_free_port() for _ in range(4))
+    port, dashboard_port, agent_port, client_port = (free_port() for _ in range(4))
     head = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", folder / "home")
     head.home.mkdir(parents=True)
     # Of its own, and short, for there are sockets in it: a submitted job looks there for its Ray, and would find
@@ -161,7 +161,7 @@ def _wait(head: Head, process: subprocess.Popen[bytes], dashboard: bool) -> None
             time.sleep(0.5)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ import yaml
 from tests.support.jobs import FEW, copy_adapters
 from tests.support.paths import REPOSITORY
 from tests.support.processes import running
-from tests.support.ray_heads import started
+from tests.support.ray_heads import free_port, started
 
 pytestmark = pytest.mark.slow
 
@@ -32,12 +31,6 @@ def environment(**more: str) -> dict[str, str]:
     """As a user's with the virtual environment activated (a job's `python` is the one that Ray was started
     with), and as Ray asks since it protects its ports with a token."""
     return dict(os.environ) | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"} | more
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
