@@ -26,11 +26,10 @@ def complete_page(store: Store, manifest: Manifest, notes: Mapping[str, Any] | N
         store.write(key, render(manifest, notes).encode())
 
 
-def unfinished(*steps: Callable[[], None]) -> str | None:
-    """Does the steps; returns what a person reads where one has failed, or None."""
-    for step in steps:
-        try:
-            step()
-        except CtsError as error:
-            return f"published, but not all beside it is written: {error}; the next run or `report` completes it"
+def unfinished(step: Callable[[], None]) -> str | None:
+    """Does the step; returns what a person reads where it has failed, or None."""
+    try:
+        step()
+    except CtsError as error:
+        return f"published, but not all beside it is written: {error}; the next run or `report` completes it"
     return None
