@@ -75,6 +75,15 @@ class CollectionShape:
         numbers = r_U * self.sides[:, 0] + r_V * self.sides[:, 1] + cores
         return int(numbers.sum()) * self.itemsize
 
+    def cluster_bytes(self, rank: int, diagonal: bool, num_served: int) -> int:
+        """Of one basis that all these adapters were fitted on, and of the cores of the ``num_served`` of them that are
+        served from it."""
+        both = self.joint_bytes(np.zeros(len(self.ranks), dtype=np.int64), rank, diagonal)
+        stacked = self.ranks.sum(0)
+        r_U, r_V = (np.minimum(np.minimum(rank, stacked), side) for side in self.sides.T)
+        core = int((np.minimum(rank, stacked) if diagonal else r_U * r_V).sum()) * self.itemsize
+        return both - (len(self.ranks) - num_served) * core
+
     def svd_bytes(self, rank: int) -> int:
         """Of every adapter's factors, cut to ``rank``."""
         return int((np.minimum(rank, self.ranks) * self.sides.sum(1)).sum()) * self.itemsize

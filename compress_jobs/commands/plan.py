@@ -9,10 +9,12 @@ import argparse
 import json
 from typing import Any
 
+from cluster.bundle.manifest import METHODS
 from cluster.errors import ConfigError
 from cluster.units import parse_size
 from compress_jobs.commands.collection import add_collection_arguments, base_and_layout
 from compress_jobs.host.cpus import available_cpus
+from compress_jobs.job.options import DTYPES, RunOptions
 from compress_jobs.quality.plan import plan
 
 _HELP = """\
@@ -21,8 +23,12 @@ and refusals, resident bytes, bytes of its own that an adapter's token reads, pr
 a device holds, devices needed, seconds the job would take. Estimated from a sample of adapters, with the
 estimate's own error beside it. Needs no Ray, writes nothing. The last line is one JSON object.
 
-  python -m compress_jobs plan --adapters s3://lora/adapters --base s3://lora/base --device-memory 80GiB
+  python -m compress_jobs plan --adapters s3://lora/adapters --base s3://lora/base --device-memory 80GiB \\
+      --clusters 25 --rank 16                                        # and exactly that run
 """
+
+
+_OF_A_RUN = ("clusters", "rank", "method", "gate", "dtype")
 
 
 def add_parser(commands: Any) -> None:
@@ -43,6 +49,14 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--sample", metavar="N", type=int, default=64, help="adapters to read (default: 64)")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="which of them (default: 0)")
+    run = parser.add_argument_group(
+        "exactly one run", "grades, bytes and devices of it; what is not given is run's default"
+    )
+    run.add_argument("--clusters", metavar="K", type=int, help="as for run")
+    run.add_argument("--rank", metavar="R", type=int, help="as for run")
+    run.add_argument("--method", choices=METHODS, help="as for run")
+    run.add_argument("--gate", metavar="E", type=float, help="as for run")
+    run.add_argument("--dtype", choices=DTYPES, help="as for run")
     parser.set_defaults(execute=_plan)
 
 
@@ -54,8 +68,13 @@ def _plan(parsed: argparse.Namespace) -> int:
     for name in ("sample", "num_cpus"):
         if getattr(parsed, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(parsed, name)}; expected 1 or more")
+    given = {name: value for name in _OF_A_RUN if (value := getattr(parsed, name)) is not None}
+    method = None
+    if given:
+        run = RunOptions(adapters=parsed.adapters, base=parsed.base, out="-", seed=parsed.seed, **given)
+        method = run.recorded_method(run.method, int(run.clusters), int(run.rank))
     base, layout = base_and_layout(parsed)
-    planned = plan(parsed.adapters, base, device_memory, parsed.num_cpus, parsed.sample, parsed.seed, layout)
+    planned = plan(parsed.adapters, base, device_memory, parsed.num_cpus, parsed.sample, parsed.seed, layout, method)
     print("\n".join(planned.lines()))
     print(json.dumps(planned.figures()))
     return 0

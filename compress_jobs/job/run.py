@@ -14,6 +14,7 @@ from cluster.bundle.publish import missing_objects, publish
 from cluster.bundle.removed import forget_removed
 from cluster.bundle.revisions import read_current, read_manifest
 from cluster.errors import BundleError, CtsError, InputError, PublishConflict, StoreMissing
+from compress_jobs.job.alternatives import alternatives
 from compress_jobs.job.assemble import assemble_all
 from compress_jobs.job.choose import as_asked, choose, confirm_or_take_next
 from compress_jobs.job.cluster import cluster_all
@@ -97,14 +98,15 @@ def _run(job: Job) -> Outcome:
             errors = fitted.errors(collection.records)
             chosen, stands = confirm_or_take_next(job, chosen, fitted.labels, errors)
         with costs.phase("assemble"):
-            grades = grade(fitted, errors, collection.records, job.asked.gate)
+            grades = grade(chosen, fitted, errors, collection, job.asked.gate)
+            others = alternatives(job, chosen, fitted, errors, grades)
             assembled = assemble_all(job, chosen, fitted, grades, collection.records)
         costs.bytes_read += assembled.bytes_read
         collection = collection.without_changed(assembled.changed)
         if not collection.records:
             raise BundleError("every adapter changed during the job; nothing is left to publish, run it again")
         check_drops(job.asked, job.served, job.with_folder, collection.records.keys(), collection.refused)
-        compressed = Compressed(job.asked, collection, chosen, clustered, fitted, errors, assembled)
+        compressed = Compressed(job.asked, collection, chosen, clustered, fitted, errors, grades, assembled, others)
         return _publish(job, compressed, costs)
     except StoreMissing:
         # A twin with the same inputs was faster, and has tidied up; what this one left since goes the same way.

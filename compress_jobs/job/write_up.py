@@ -13,12 +13,14 @@ from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest
 from cluster.compression.choose import Choice, choose_svd
 from cluster.compression.svd import errors_at_equal_bytes
 from compress_jobs.job.adapter_error import AdapterError
+from compress_jobs.job.alternatives import Alternatives
 from compress_jobs.job.assemble import Assembled
 from compress_jobs.job.brought import brought_fields, templates_of
 from compress_jobs.job.choose import Chosen, collection_shape
 from compress_jobs.job.cluster import Clustered
 from compress_jobs.job.costs import Costs
 from compress_jobs.job.fit import Fitted
+from compress_jobs.job.grade import Grades
 from compress_jobs.job.inspect import Collection
 from compress_jobs.job.options import RunOptions
 from compress_jobs.report.summary import ErrorFigure, Summary
@@ -27,7 +29,7 @@ from compress_jobs.report.summary import ErrorFigure, Summary
 @dataclass(frozen=True)
 class Compressed:
     """What the steps of a run have returned. ``collection``: the adapters that are served, and those refused;
-    ``errors_on_bases``: of those that were fitted, before the gate."""
+    ``errors_on_bases``: of those that were fitted, before the gate; ``alternatives`` to it, where many stand alone."""
 
     asked: RunOptions
     collection: Collection
@@ -35,7 +37,9 @@ class Compressed:
     clustered: Clustered | None
     fitted: Fitted
     errors_on_bases: Mapping[str, AdapterError]
+    grades: Grades
     assembled: Assembled
+    alternatives: Alternatives | None
 
 
 def manifest_of(done: Compressed) -> Manifest:
@@ -109,6 +113,11 @@ def summary_of(done: Compressed, manifest: Manifest, costs: Costs) -> Summary:
         num_modules=len(manifest.modules),
         bytes_before=sum(done.collection.records[adapter_id].size_bytes for adapter_id in manifest.adapters),
         bytes_after=manifest.resident_bytes(),
+        num_fitted=len(compared),
+        num_fitted_alone=sum(manifest.adapters[adapter_id].mode != "core" for adapter_id in compared),
+        num_dissolved=len(done.grades.dissolved),
+        bytes_alone=sum(manifest.objects[str(a.factors)] for i in compared if (a := manifest.adapters[i]).factors),
+        alternatives=asdict(done.alternatives) if done.alternatives else None,
         served=ErrorFigure.of({adapter_id: manifest.adapters[adapter_id].error for adapter_id in served}),
         on_basis=ErrorFigure.of({adapter_id: on_bases[adapter_id].error for adapter_id in compared}),
         clustering=ErrorFigure.of(dict(zip(fitted_ids, sampled, strict=False))),

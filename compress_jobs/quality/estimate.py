@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cluster.adapters.base import BaseModel
@@ -42,13 +43,15 @@ Errors = NDArray[np.float64]
 @dataclass(frozen=True)
 class Sampled:
     """The accepted adapters of the sample: records, spectra (module -> squared singular values), the sampled modules'
-    factors; and what was refused of it. ``seconds`` is the time to read and measure all of them, on one core."""
+    factors; and what was refused of it. ``seconds`` is the time to read and measure all of them, on one core.
+    ``exact``: whether bfloat16 holds an adapter's factors as they are."""
 
     records: list[AdapterRecord]
     spectra: list[dict[str, list[float]]]
     sample: Sample
     refused: dict[str, str]
     seconds: float
+    exact: list[bool]
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def read_sample(store: Store, folders: Sequence[AdapterFiles], base: BaseModel, 
     spectra: list[dict[str, list[float]]] = []
     by_module: dict[str, list[tuple[int, Factors]]] = {}
     refused: dict[str, str] = {}
+    exact: list[bool] = []
     began = time.monotonic()
     for files in track(chosen, len(chosen), "sample"):
         try:
@@ -92,12 +96,13 @@ def read_sample(store: Store, folders: Sequence[AdapterFiles], base: BaseModel, 
             by_module.setdefault(module, []).append((len(records), factors[module]))
         records.append(record)
         spectra.append(adapter_spectra(factors))
+        exact.append(all(torch.equal(t, t.bfloat16().float()) for pair in factors.values() for t in pair))
     seconds = time.monotonic() - began
     if not records:
         raise ConfigError(f"none of the {len(chosen)} sampled adapters can be accepted: {next(iter(refused.items()))}")
     stacks = {module: stack_factors(pairs) for module, pairs in sorted(by_module.items())}
     present = {module: stack for module, stack in stacks.items() if stack is not None}
-    return Sampled(records, spectra, Sample.of(present, len(records), kind_energies(records)), refused, seconds)
+    return Sampled(records, spectra, Sample.of(present, len(records), kind_energies(records)), refused, seconds, exact)
 
 
 def estimate(
@@ -124,7 +129,7 @@ def estimate(
             size = shape.joint_bytes(random_balanced(num_adapters, k, rng), rank, diagonal=False)
             own = int(rank * rank * _ITEMSIZE * touched)
             began = time.monotonic()
-            lost, extrapolated = _predict(sampled.sample, num_adapters / k, rank, seed)
+            lost, extrapolated = predict(sampled.sample, num_adapters / k, rank, seed)
             measured = sum(len(stack.members) for stack in sampled.sample.stacks)
             seconds = (time.monotonic() - began) / measured * num_adapters * touched / num_cpus
             rows.append(
@@ -133,16 +138,16 @@ def estimate(
     return rows
 
 
-def _predict(sample: Sample, cluster_size: float, rank: int, seed: int) -> tuple[Errors, float]:
+def predict(sample: Sample, cluster_size: float, rank: int, seed: int, method: str = "jd-full") -> tuple[Errors, float]:
     """Errors of the sampled adapters in clusters of about ``cluster_size``; and what of their mean is extrapolated,
     where the sample is smaller than one cluster: the error's growth from half the sample to all of it, carried on
     a doubling at a time."""
     n = sample.num_adapters
     labels = _labels(n, max(1, round(n / cluster_size)), seed)
-    errors = adapter_errors(sample, labels, rank, seed)
+    errors = adapter_errors(sample, labels, rank, seed, method)
     if n >= cluster_size or n < 4:
         return errors, 0.0
-    at_half = adapter_errors(sample, _labels(n, 2, seed), rank, seed).mean()
+    at_half = adapter_errors(sample, _labels(n, 2, seed), rank, seed, method).mean()
     step = (errors.mean() - at_half) * math.log2(cluster_size / n)
     return errors, float(np.clip(step, 0.0, 1.0 - errors.mean()))
 

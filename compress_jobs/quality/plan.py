@@ -12,11 +12,13 @@ from cluster.adapters.base import BaseModel
 from cluster.adapters.layout import Layout
 from cluster.adapters.listing import list_collection
 from cluster.adapters.record import AdapterFiles
+from cluster.bundle.manifest import Method
 from cluster.errors import ConfigError
 from cluster.store.address import open_store
 from cluster.units import gib
 from compress_jobs.progress import say
 from compress_jobs.quality.estimate import Row, Sampled, estimate, read_sample, standard_error
+from compress_jobs.quality.planned_run import PlannedRun, plan_run
 
 USABLE_SHARE = 0.9  # of a device's memory, as the application's placement counts it
 
@@ -33,6 +35,7 @@ class Plan:
     num_cpus: int
     sampled: Sampled
     rows: list[Row]
+    run: PlannedRun | None = None
 
     @property
     def num_read(self) -> int:
@@ -71,6 +74,7 @@ class Plan:
             f"{gib(self.base.size_bytes)}",
             f"seconds    about {self.inspect_seconds:.0f} to read and inspect on {self.num_cpus} CPUs, then the last "
             "column",
+            *([self.run.line()] if self.run else []),
             "error      mean squared, energy-weighted, ± one standard error; joint methods by a random balanced split",
             "",
             f"{'method':<8} {'clusters':>8} {'rank':>4} {'resident bytes':>16} {'own bytes/token':>16} {'error':>17} "
@@ -87,6 +91,7 @@ class Plan:
             "to_serve_plus_minus": round(self.doubt, 1),
             "bytes_now": self.bytes_now,
             "inspect_seconds": round(self.inspect_seconds, 1),
+            "run": asdict(self.run) if self.run else None,
             "choices": [asdict(row) for row in self.rows],
         }
 
@@ -99,9 +104,10 @@ def plan(
     sample_size: int,
     seed: int,
     layout: Layout,
+    method: Method | None = None,
 ) -> Plan:
-    """Reads ``sample_size`` adapters of the collection at most; writes nothing. Raises ConfigError where the base fills
-    the device, or no adapter can be accepted."""
+    """Reads ``sample_size`` adapters of the collection at most; writes nothing. ``method``: the run to be told of
+    besides. Raises ConfigError where the base fills the device, or no adapter can be accepted."""
     usable = int(USABLE_SHARE * device_memory) - base.size_bytes
     if usable <= 0:
         raise ConfigError(
@@ -116,7 +122,11 @@ def plan(
     torch.set_num_threads(1)  # as the job's tasks do, so that the seconds are a core's
     sampled = read_sample(store, folders, base, sample_size, seed)
     rows = estimate(sampled, base, _to_serve(sampled, len(folders)), usable, num_cpus, seed)
-    return Plan(adapters, folders, base, device_memory, usable, num_cpus, sampled, rows)
+    run = None
+    if method is not None:
+        itemsize: int = getattr(torch, method.dtype).itemsize
+        run = plan_run(sampled, base, _to_serve(sampled, len(folders)), usable, method, itemsize)
+    return Plan(adapters, folders, base, device_memory, usable, num_cpus, sampled, rows, run)
 
 
 def _to_serve(sampled: Sampled, num_folders: int) -> int:

@@ -39,7 +39,9 @@ class Summary:
     for a random balanced split of the same size; ``svd_equal_bytes`` for plain truncation with the bytes that those
     adapters take in the bundle. ``module_errors``: module -> mean relative error on the bases. ``similarity``: mean
     cosine within and across clusters. ``choices``: what the automatic choice weighed. ``tradeoff``: bytes of
-    resident tensors against mean error."""
+    resident tensors against mean error. ``num_fitted``: adapters meant for a basis, of which ``num_fitted_alone`` stand
+    alone in ``bytes_alone``, ``num_dissolved`` of these though they met the gate; ``alternatives``: what would change
+    that."""
 
     bundle: str
     num_adapters: int
@@ -51,6 +53,11 @@ class Summary:
     num_modules: int
     bytes_before: int
     bytes_after: int
+    num_fitted: int
+    num_fitted_alone: int
+    num_dissolved: int
+    bytes_alone: int
+    alternatives: dict[str, Any] | None
     served: ErrorFigure | None
     on_basis: ErrorFigure | None
     clustering: ErrorFigure | None
@@ -66,6 +73,24 @@ class Summary:
     bytes_read: int
     peak_task_memory_bytes: int
 
+    def _alone_lines(self, manifest: Manifest) -> list[str]:
+        """Where more than a tenth of those meant for a basis stand alone: what that costs, and what would change it."""
+        if self.alternatives is None:
+            return []
+        others = [f"{option} {share:.0%}" for option, share in self.alternatives["kept"].items()]
+        gate = f"--gate {self.alternatives['gate']:g} keeps nine in ten on bases, at {self.alternatives['error']:.3f}"
+        lines = [
+            f"warning    {self.num_fitted_alone} of {self.num_fitted} adapters meant for a basis stand alone, beyond "
+            f"the gate of {manifest.method.gate:g}: {self.bytes_alone:,} of the {self.bytes_after:,} bytes",
+            f"change     {gate} mean error" + (f"; kept at this gate: {', '.join(others)}" if others else ""),
+        ]
+        if self.num_dissolved:
+            lines.append(
+                f"dissolved  {self.num_dissolved} of them met the gate, but were so few on their basis that they take "
+                "fewer bytes truncated"
+            )
+        return lines
+
     def to_json(self) -> bytes:
         return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
 
@@ -76,6 +101,7 @@ class Summary:
             why = counts(manifest.refused)
             out.append(f"warning    {self.num_refused} of {total} adapters were refused and are not served: {why}")
             out += remedy_lines(manifest.refused, manifest.adapters)
+        out += self._alone_lines(manifest)
         out += [
             f"adapters   {self.num_adapters} served: {self.num_on_basis} on a basis, {self.num_truncated} truncated, "
             f"{self.num_raw} raw; {self.num_refused} refused",
