@@ -53,6 +53,7 @@ def test_a_machine_without_cgroups_gives_what_the_affinity_has(tmp_path: Path) -
     assert available_cpus(tmp_path) == ALL
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ALL < 2, reason="one CPU")
 def test_plan_and_workers_keep_to_the_affinity(place: Place) -> None:
     one = str(min(os.sched_getaffinity(0)))

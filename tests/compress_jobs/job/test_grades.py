@@ -36,30 +36,31 @@ def run(flat: Path, out: Path, *more: str) -> list[str]:
     return ["run", "--adapters", str(flat / "adapters"), "--base", str(flat / "base"), "--out", str(out), *more]
 
 
+OPTIONS = (
+    "--clusters 3 --rank 16 --gate 1",
+    "--clusters 3 --rank 16 --gate 0.35",
+    "--method svd --rank 16",
+    "--clusters 3 --rank 16 --gate 0.1",
+    "--clusters 1 --rank 32 --gate 0.3",
+    "--clusters 2 --rank 16 --gate 0.5 --method jd-diag",
+    "--method svd --rank 4",
+    "--clusters 3 --rank 16 --gate 0.4 --dtype float32",
+)
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        ["--clusters", "3", "--rank", "16", "--gate", "1"],
-        ["--clusters", "3", "--rank", "16", "--gate", "0.35"],
-        ["--clusters", "3", "--rank", "16", "--gate", "0.1"],
-        ["--clusters", "1", "--rank", "32", "--gate", "0.3"],
-        ["--clusters", "2", "--rank", "16", "--gate", "0.5", "--method", "jd-diag"],
-        ["--method", "svd", "--rank", "4"],
-        ["--method", "svd", "--rank", "16"],
-        ["--clusters", "3", "--rank", "16", "--gate", "0.4", "--dtype", "float32"],
-    ],
-    ids=" ".join,
+    "options", [*OPTIONS[:3], *(pytest.param(line, marks=pytest.mark.slow) for line in OPTIONS[3:])]
 )
 def test_a_run_takes_the_bytes_that_plan_said(
-    flat: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+    flat: Path, tmp_path: Path, options: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = ["--adapters", str(flat / "adapters"), "--base", str(flat / "base"), "--device-memory", "1GiB"]
-    assert main(["plan", *source, *options]) == 0
+    assert main(["plan", *source, *options.split()]) == 0
     printed = capsys.readouterr().out
     planned = json.loads(printed.splitlines()[-1])["run"]
     assert f"{planned['on_basis']} on a basis, {planned['truncated']} truncated" in printed
 
-    assert main(run(flat, tmp_path / "out", *options)) == 0
+    assert main(run(flat, tmp_path / "out", *options.split())) == 0
     manifest = current_manifest(tmp_path / "out")
     size = sum(entry["size_bytes"] for entry in manifest["objects"].values())
     headers = 130 * len(manifest["objects"]) * 6  # of the objects' files: what a tensor's name and place take
