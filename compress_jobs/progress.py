@@ -28,6 +28,7 @@ def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
             say(f"{what}: {count}/{total} in {now - began:.0f} s")
 
 
-def say(line: str) -> None:
-    """A line of the job's log (stderr: stdout is for the result)."""
-    print(line, file=sys.stderr, flush=True)
+def say(*lines: str) -> None:
+    """Lines of the job's log (stderr: stdout is for the result)."""
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)

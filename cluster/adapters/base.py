@@ -20,14 +20,14 @@ from cluster.errors import BaseModelError, StoreMissing
 from cluster.hashing import canonical_json
 from cluster.layer import ModuleShape
 from cluster.store.address import open_store
-from cluster.store.protocol import Store
+from cluster.store.protocol import Entry, Store
 
 # Written by whoever saved the files, without meaning for what the model computes.
 _VOLATILE_KEYS = ("_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "use_cache")
 # Two-dimensional weights that are no linear layer inside the model: tables of tokens and positions, and the
 # output head, which is often tied to one of them.
 _TABLES = ("embed_tokens", "embed_in", "embed_out", "word_embeddings", "wte", "wpe", "lm_head")
-_TOKENS = (["embed_tokens"], ["embed_in"], ["word_embeddings"], ["wte"])
+_TOKENS = ("embed_tokens", "embed_in", "word_embeddings", "wte")
 # Architectures whose projections are stored transposed (transformers' Conv1D).
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
 _INDEX = "model.safetensors.index.json"
@@ -66,7 +66,8 @@ def read_base(address: str, *, name: str | None = None, accept: Iterable[str] = 
     """
     store = open_store(address)
     config = _read_config(store)
-    tensors, size_bytes = _read_headers(store)
+    entries = list(store.list())
+    tensors, size_bytes = _read_headers(store, entries)
     if config.get("model_type") in _TRANSPOSED:
         raise BaseModelError(
             f"base model {address}: model_type {config['model_type']!r} stores its projections transposed, "
@@ -86,8 +87,8 @@ def read_base(address: str, *, name: str | None = None, accept: Iterable[str] = 
         modules=modules,
         accepted_names=frozenset([own_name, *accept]),
         size_bytes=size_bytes,
-        tokenizing=read_tokenizing(store, [e for e in store.list() if e.key in TOKENIZER_FILES]),
-        vocabulary_size=next((p.shape[0] for name, p in tensors.items() if name.split(".")[-2:-1] in _TOKENS), None),
+        tokenizing=read_tokenizing(store, [entry for entry in entries if entry.key in TOKENIZER_FILES]),
+        vocabulary_size=next((p.shape[0] for name, p in tensors.items() if _is_table(name, _TOKENS)), None),
     )
 
 
@@ -109,8 +110,8 @@ def _read_config(store: Store) -> dict[str, Any]:
     return config
 
 
-def _read_headers(store: Store) -> tuple[dict[str, TensorPlace], int]:
-    sizes = {entry.key: entry.size_bytes for entry in store.list()}
+def _read_headers(store: Store, entries: Iterable[Entry]) -> tuple[dict[str, TensorPlace], int]:
+    sizes = {entry.key: entry.size_bytes for entry in entries}
     tensors: dict[str, TensorPlace] = {}
     size_bytes = 0
     for key, names in _weights_files(store, sizes).items():
@@ -171,8 +172,8 @@ def _fingerprint(config: dict[str, Any], tensors: dict[str, TensorPlace]) -> str
     return "sha256:" + hashlib.sha256(canonical_json([kept, headers])).hexdigest()
 
 
-def _is_table(tensor: str) -> bool:
-    return tensor.split(".")[-2:-1] in ([table] for table in _TABLES)
+def _is_table(tensor: str, tables: Iterable[str] = _TABLES) -> bool:
+    return tensor.split(".")[-2:-1] in ([table] for table in tables)
 
 
 def _model_order(tensor: str) -> list[tuple[int, str]]:

@@ -143,7 +143,9 @@ def _of_added_tokens(text: str) -> Tokenizing:
 def _of_tokenizer(text: str) -> Tokenizing:
     start = text.find(_ADDED)
     if start < 0:
-        return Tokenizing() if text.lstrip().startswith("{") else _of_added_tokens(text)
+        if not text.lstrip().startswith("{"):
+            _object(text)  # which refuses it; one that begins as an object may be cut, and is not parsed
+        return Tokenizing()
     listed = json.JSONDecoder().raw_decode(text[start + len(_ADDED) :].lstrip().removeprefix(":").lstrip())[0]
     return Tokenizing(added={content: _id(t["id"]) for t in listed or [] if (content := _text(t)) is not None})
 

@@ -58,13 +58,14 @@ def list_adapters(store: Store, layout: Layout | None = None, served: Collection
     adapters = {folder for folder, entries in folders.items() if CONFIG_FILE in entries or WEIGHTS_FILE in entries}
     by_id: dict[str, list[str]] = {}
     within, unnamed = [], []
+    inside = {folder: _is_within(folder, adapters) for folder in folders}
     # Those within others last: one that is served is an adapter, but never beside a folder of its own.
-    for folder in sorted(folders, key=lambda folder: (_is_within(folder, adapters), folder)):
+    for folder in sorted(folders, key=lambda folder: (inside[folder], folder)):
         adapter_id = layout.id_of(folder)
         if adapter_id is None:
             unnamed.append(printable(folder))
             continue
-        adapter_id, own = printable(adapter_id), layout.checkpoints or not _is_within(folder, adapters)
+        adapter_id, own = printable(adapter_id), layout.checkpoints or not inside[folder]
         if own or (adapter_id in served and adapter_id not in by_id):
             by_id.setdefault(adapter_id, []).append(folder)
         else:

@@ -187,9 +187,8 @@ class S3Store(Store):
             return _explain_answer(error, where)
         if isinstance(error, _NO_CREDENTIALS):
             return StoreForbidden(f"{where}: {_no_credentials(error)}; {_set_credentials()}")
-        if isinstance(error, OSError) and not isinstance(
-            error, boto.BotoCoreError
-        ):  # a token file, or a credential_process, that is not there
+        # A token file, or a credential_process, that is not there. Some of botocore's own errors are OSErrors too.
+        if isinstance(error, OSError) and not isinstance(error, boto.BotoCoreError):
             return StoreForbidden(f"{where}: credentials cannot be read ({error}); {_set_credentials()}")
         if isinstance(error, boto.SSLError):
             return StoreUnreachable(

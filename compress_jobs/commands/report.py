@@ -28,14 +28,15 @@ def add_parser(commands: Any) -> None:
 def _execute(parsed: argparse.Namespace) -> int:
     target = local_file("--to", parsed.to)
     bundle = Bundle.open(parsed.uri)
-    document = render(bundle.manifest, read_notes(bundle))
+    notes = read_notes(bundle)
+    document = render(bundle.manifest, notes)
     try:
         target.write_bytes(document.encode())
     except OSError as error:
         raise ConfigError(f"--to {parsed.to}: {error.strerror}; give a file that can be written") from None
     if bundle.manifest.revision == 0:  # made by a run, which writes one beside the manifest
         try:
-            complete_page(bundle.store, bundle.manifest, read_notes(bundle))
+            complete_page(bundle.store, bundle.manifest, notes)
         except StoreError as error:
             print(f"note: the store lacks report.html and it could not be written there: {error}", file=sys.stderr)
     print(f"wrote {target.resolve()}: bundle {bundle.manifest.bundle} revision {bundle.manifest.revision}")

@@ -28,17 +28,16 @@ def local_file(option: str, text: str) -> Path:
     path = local_path(text)
     if path is None:
         raise ConfigError(f"{option} {text}: it writes on this machine; give a local path, and upload it from there")
-    check_place(option, text, written=True, where="the absolute path of a folder that is kept")
+    check_place(option, text, where="the absolute path of a folder that is kept")
     return Path(path).expanduser()
 
 
 def check_place(
     option: str,
     address: str,
-    written: bool = False,
     where: str = "s3://bucket/prefix, or the absolute path of a folder that all nodes share",
 ) -> None:
-    """Raises ConfigError in a submitted job where ``address`` is a relative path, or where it is to be ``written`` and
+    """For what is to be written. Raises ConfigError in a submitted job where ``address`` is a relative path, or where
     neither it nor the folder above it is on this node: then it was meant for another machine."""
     if not is_submitted() or (path := local_path(address)) is None:
         return
@@ -47,7 +46,7 @@ def check_place(
             f"{option} {address}: a relative path, but a job that was submitted runs in a copy of its working folder; "
             f"give {where}"
         )
-    if written and not os.path.isdir(os.path.dirname(os.path.abspath(os.path.expanduser(path)))):
+    if not os.path.isdir(os.path.dirname(os.path.abspath(os.path.expanduser(path)))):
         raise ConfigError(
             f"{option} {address}: neither it nor the folder above it is on the node that runs this submitted job; "
             f"give {where}"

@@ -17,7 +17,7 @@ _NAMED, _MESSAGE_SIZE = 5, 160
 def check_refusals(asked: RunOptions, refused: Mapping[str, Refused], num_adapters: int) -> None:
     """For where nothing is served yet. Raises WouldDrop when more are refused than ``max_refused`` allows."""
     if not asked.may_refuse(len(refused), num_adapters):
-        say("\n".join([*refusal_lines(refused), *remedy_lines(refused)]))
+        say(*refusal_lines(refused), *remedy_lines(refused))
         raise WouldDrop(
             f"{len(refused)} of {num_adapters} adapters are refused ({counts(refused)}), --max-refused allows "
             f"{asked.max_refused}; nothing was published: see above, mend them, or go on with "

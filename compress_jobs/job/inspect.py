@@ -75,7 +75,7 @@ def inspect_all(job: Job) -> Collection:
     if collection.refused:
         say(f"refused {len(collection.refused)} of {len(calls)} adapters: {counts(collection.refused)}")
     if not collection.records:
-        say("\n".join([*refusal_lines(collection.refused), *remedy_lines(collection.refused)]))
+        say(*refusal_lines(collection.refused), *remedy_lines(collection.refused))
         raise ConfigError(
             f"--adapters {job.asked.adapters}: none of the {len(calls)} adapters can be accepted; see above"
         )

@@ -55,7 +55,7 @@ class Job:
 
 def prepare(options: RunOptions) -> Job:
     """Reads the base and the collection's listing, and probes the store that will be published on. Raises CtsError."""
-    check_place("--out", options.out, written=True)
+    check_place("--out", options.out)
     places = (("adapters", options.adapters), ("out", options.out))
     relative = tuple(f"--{name} {uri}" for name, uri in places if is_relative(uri))
     # Ray's workers have other working folders.
@@ -121,8 +121,7 @@ def _taken(
     options: RunOptions, listing: Listing, served: frozenset[str], removed: Mapping[str, str]
 ) -> list[AdapterFiles]:
     """Less those that ``only`` and ``without`` leave out. Raises ConfigError for a pattern that means nobody."""
-    for line in listing.left_out_lines():
-        say(line)
+    say(*listing.left_out_lines())
     for option, patterns in (("only", options.only), ("without", options.without)):
         for pattern in patterns:
             if not matching({files.adapter_id for files in listing.adapters} | served | removed.keys(), (pattern,)):

@@ -74,7 +74,8 @@ def check_shared(options: RunOptions, store: Store, files: AdapterFiles, relativ
     """
     local = [uri for uri in (options.adapters, options.out) if local_path(uri) is not None]
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-    strange = [node for node in nodes if node["NodeID"] != _own_node()]
+    own = _own_node()
+    strange = [node for node in nodes if node["NodeID"] != own]
     if not local or not strange:
         return
     if relative:

@@ -67,8 +67,7 @@ def read_collection(source: Source, manifest: Manifest) -> tuple[BaseModel, dict
         )
     known = {*manifest.adapters, *source.ids, *source.restore}
     listing = list_collection(source.adapters, source.layout(manifest), known)
-    for line in listing.left_out_lines():
-        say(line)
+    say(*listing.left_out_lines())
     say_untold(base, source.base, listing.adapters)
     return base, {files.adapter_id: files for files in listing.adapters}
 

@@ -69,8 +69,7 @@ def read_collection(address: str, base: BaseModel, layout: Layout) -> Collection
     store = open_store(address)
     adapters: dict[str, dict[str, Factors]] = {}
     listing = list_collection(address, layout)
-    for line in listing.left_out_lines():
-        say(line)
+    say(*listing.left_out_lines())
     for files in listing.adapters:
         try:
             record, factors = read_adapter(store, files, base)

@@ -119,7 +119,7 @@ def estimate(
     for choice in choose_svd(of_sample, spectra, 0.0):
         if choice.rank in SVD_RANKS:
             size = shape.svd_bytes(choice.rank)
-            lost = np.array([_tail(modules, choice.rank) for modules in spectra])
+            lost = np.array([tail(modules, choice.rank) for modules in spectra])
             own = size // num_adapters
             rows.append(_row("svd", 0, choice.rank, size, own, lost, 0.0, num_adapters, usable_bytes, seconds=0.0))
     rng = np.random.default_rng(seed)
@@ -187,15 +187,15 @@ def _row(
 
 def _module_doubt(sampled: Sampled) -> float:
     """Relative miss of the sampled modules against all modules, for plain SVD of rank 2, where both are known."""
-    everywhere = float(np.mean([_tail(list(modules.values()), 2) for modules in sampled.spectra]))
+    everywhere = float(np.mean([tail(list(modules.values()), 2) for modules in sampled.spectra]))
     on_sample = np.zeros(sampled.sample.num_adapters)
     for m, stack in enumerate(sampled.sample.stacks):
         for spectrum, member in zip(squared_singular_values(stack), stack.members, strict=True):
-            on_sample[member] += sampled.sample.weights[member, m] * _tail([spectrum.tolist()], 2)
+            on_sample[member] += sampled.sample.weights[member, m] * tail([spectrum.tolist()], 2)
     return abs(float(on_sample.mean()) / everywhere - 1) if everywhere > 0 else 0.0
 
 
-def _tail(spectra: Sequence[Sequence[float]], rank: int) -> float:
+def tail(spectra: Sequence[Sequence[float] | Errors], rank: int) -> float:
     return math.fsum(math.fsum(s[rank:]) for s in spectra) / math.fsum(math.fsum(s) for s in spectra)
 
 

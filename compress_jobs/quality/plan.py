@@ -117,8 +117,7 @@ def plan(
     store = open_store(adapters)
     listing = list_collection(adapters, layout)
     folders = listing.adapters
-    for line in listing.left_out_lines():
-        say(line)
+    say(*listing.left_out_lines())
     torch.set_num_threads(1)  # as the job's tasks do, so that the seconds are a core's
     sampled = read_sample(store, folders, base, sample_size, seed)
     rows = estimate(sampled, base, _to_serve(sampled, len(folders)), usable, num_cpus, seed)

@@ -16,7 +16,7 @@ from cluster.compression.balanced import random_balanced
 from cluster.compression.choose import CollectionShape
 from cluster.compression.clustering import adapter_errors, assign
 from cluster.compression.svd import smallest_rank
-from compress_jobs.quality.estimate import Sampled, predict
+from compress_jobs.quality.estimate import Sampled, predict, tail
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def plan_run(
     ranks, cut_errors = zip(*(smallest_rank(own, method.gate) for own in spectra), strict=True)
     if method.name == "svd":
         ranks = tuple(max(rank, method.rank) for rank in ranks)
-        cut_errors = tuple(_tail(own, rank) for own, rank in zip(spectra, ranks, strict=True))
+        cut_errors = tuple(tail(own, rank) for own, rank in zip(spectra, ranks, strict=True))
     whole = [rank >= max(map(len, own)) for own, rank in zip(spectra, ranks, strict=True)]
     alone_bytes = np.array([_own_bytes(sampled, base, i, ranks[i], whole[i], itemsize) for i in range(n)])
     stands_for = np.arange(num_adapters) % n
@@ -102,7 +102,3 @@ def _own_bytes(sampled: Sampled, base: BaseModel, index: int, rank: int, whole: 
     if not whole:
         return own.svd_bytes(rank)
     return own.svd_bytes(int(own.ranks.max())) * (1 if sampled.exact[index] else 4 // itemsize)
-
-
-def _tail(spectra: list[np.ndarray], rank: int) -> float:
-    return math.fsum(float(s[rank:].sum()) for s in spectra) / math.fsum(float(s.sum()) for s in spectra)

@@ -27,22 +27,11 @@ def test_a_store_that_fails_after_current_has_moved_has_published_and_is_complet
         nonlocal moved
         if moved:
             return action
-        moved = method == "PUT" and path.endswith("/out/CURRENT")
+        moved = _moves_current(method, path)
         return Action.FORWARD
 
     out = f"{s3_bucket}/out"
-    line = [
-        "--adapters",
-        str(place.adapters),
-        "--base",
-        str(place.base),
-        "--out",
-        out,
-        "--rank",
-        "2",
-        "--num-cpus",
-        "1",
-    ]
+    line = _inputs(place, out)
     with S3Proxy(s3_server, fail_after) as proxy, job_process(*line, AWS_ENDPOINT_URL=proxy.endpoint) as job:
         printed = job.communicate(timeout=180)[0]
     assert job.returncode == 0, printed
@@ -71,7 +60,7 @@ def test_a_compaction_whose_store_fails_after_current_has_moved_has_published(
         nonlocal moved
         if moved and "/out/REMOVED" in path:
             return Action.FORBIDDEN
-        moved = moved or (method == "PUT" and path.endswith("/out/CURRENT"))
+        moved = moved or _moves_current(method, path)
         return Action.FORWARD
 
     out = f"{s3_bucket}/out"
@@ -95,22 +84,11 @@ def test_where_the_answer_about_current_is_lost_with_the_store_the_line_says_so_
         nonlocal moved
         if moved:
             return Action.DROP
-        moved = method == "PUT" and path.endswith("/out/CURRENT")
+        moved = _moves_current(method, path)
         return Action.FORWARD_THEN_DROP if moved else Action.FORWARD
 
     out = f"{s3_bucket}/out"
-    line = [
-        "--adapters",
-        str(place.adapters),
-        "--base",
-        str(place.base),
-        "--out",
-        out,
-        "--rank",
-        "2",
-        "--num-cpus",
-        "1",
-    ]
+    line = _inputs(place, out)
     with S3Proxy(s3_server, lose) as proxy, job_process(*line, AWS_ENDPOINT_URL=proxy.endpoint) as job:
         printed = job.communicate(timeout=180)[0]
     assert job.returncode == 1
@@ -118,6 +96,15 @@ def test_where_the_answer_about_current_is_lost_with_the_store_the_line_says_so_
     with job_process(*line) as job:
         assert "unchanged:" in job.communicate(timeout=180)[0]
     assert len(_pages(s3_server, out)) == 1
+
+
+def _inputs(place: Place, out: str) -> list[str]:
+    source = ["--adapters", str(place.adapters), "--base", str(place.base)]
+    return [*source, "--out", out, "--rank", "2", "--num-cpus", "1"]
+
+
+def _moves_current(method: str, path: str) -> bool:
+    return method == "PUT" and path.endswith("/out/CURRENT")
 
 
 def _pages(server: S3Server, address: str) -> list[str]:
