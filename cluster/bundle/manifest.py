@@ -18,6 +18,7 @@ FORMAT = 1
 MODES = ("core", "truncated", "raw")
 METHODS = ("jd-full", "jd-diag", "svd")
 ISOLATIONS = ("tenant",)
+EVIDENCE = ("loss", "probe", "paper")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Method:
 
     ``auto`` names those of ``name``, ``clusters`` and ``rank`` that the job chose itself, for ``target_error``.
     ``isolation`` is "tenant" where no cluster holds adapters of two tenants (the first of two id segments).
+    ``evidence`` is what the job chose the gate by, to keep the share ``keep``: "loss" on the held-out rows of a file
+    with the hash ``tasks``, "probe" on the adapters' own text, or "paper" without any; None: the gate was given.
     """
 
     name: str
@@ -48,6 +51,9 @@ class Method:
     auto: tuple[str, ...] = ()
     target_error: float | None = None
     isolation: str | None = None
+    evidence: str | None = None
+    keep: float | None = None
+    tasks: str | None = None
 
 
 @dataclass(frozen=True)

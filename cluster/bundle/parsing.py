@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from cluster.adapters.layout import Layout
 from cluster.bundle.manifest import (
+    EVIDENCE,
     FORMAT,
     ISOLATIONS,
     METHODS,
@@ -112,6 +113,8 @@ def _check_references(manifest: Manifest, where: str) -> None:
     need(manifest.method.name in METHODS, f"method {manifest.method.name!r}, expected one of {METHODS}")
     isolation = manifest.method.isolation
     need(isolation is None or isolation in ISOLATIONS, f"isolation {isolation!r}, expected one of {ISOLATIONS}")
+    evidence = manifest.method.evidence
+    need(evidence is None or evidence in EVIDENCE, f"evidence {evidence!r}, expected one of {EVIDENCE}")
     for name, shape in manifest.modules.items():
         need(shape.d_in > 0 and shape.d_out > 0, f"module {name} has shape {shape.d_out} x {shape.d_in}")
     for sha, size_bytes in manifest.objects.items():

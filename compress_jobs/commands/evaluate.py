@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
 def _evaluate(parsed: argparse.Namespace) -> int:
     # Here, for transformers is slow to import and --help should not be.
     from compress_jobs.quality.evaluate import evaluate
-    from compress_jobs.quality.scorer import read_tasks
+    from compress_jobs.quality.task import read_tasks
 
     tasks = read_tasks(parsed.tasks, parsed.rows)
     evaluation = evaluate(Bundle.open(parsed.uri), parsed.base, parsed.adapters, tasks, accept_base=parsed.accept_base)

@@ -14,7 +14,8 @@ from cluster.errors import ConfigError
 from cluster.units import parse_size
 from compress_jobs.commands.collection import add_collection_arguments, base_and_layout
 from compress_jobs.host.cpus import available_cpus
-from compress_jobs.job.options import DTYPES, RunOptions
+from compress_jobs.job.options import AUTO, DTYPES, RunOptions
+from compress_jobs.quality.gate_choice import PAPER
 from compress_jobs.quality.plan import plan
 
 _HELP = """\
@@ -55,7 +56,12 @@ def add_parser(commands: Any) -> None:
     run.add_argument("--clusters", metavar="K", type=int, help="as for run")
     run.add_argument("--rank", metavar="R", type=int, help="as for run")
     run.add_argument("--method", choices=METHODS, help="as for run")
-    run.add_argument("--gate", metavar="E", type=float, help="as for run")
+    run.add_argument(
+        "--gate",
+        metavar="E",
+        type=float,
+        help=f"as for run, which judges its own; here the paper's {PAPER:g} otherwise",
+    )
     run.add_argument("--dtype", choices=DTYPES, help="as for run")
     parser.set_defaults(execute=_plan)
 
@@ -72,7 +78,8 @@ def _plan(parsed: argparse.Namespace) -> int:
     method = None
     if given:
         run = RunOptions(adapters=parsed.adapters, base=parsed.base, out="-", seed=parsed.seed, **given)
-        method = run.recorded_method(run.method, int(run.clusters), int(run.rank))
+        gate = PAPER if run.gate == AUTO else float(run.gate)
+        method = run.recorded_method(run.method, int(run.clusters), int(run.rank), gate)
     base, layout = base_and_layout(parsed)
     planned = plan(parsed.adapters, base, device_memory, parsed.num_cpus, parsed.sample, parsed.seed, layout, method)
     print("\n".join(planned.lines()))

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif isinstance(spec.default, bool):
             more["action"] = "store_true"
         else:
-            more["type"] = _whole_or_auto if "int | str" in str(spec.type) else type(spec.default)
+            more["type"] = _OR_AUTO.get(str(spec.type), type(spec.default))
         parser.add_argument("--" + spec.name.replace("_", "-"), default=None, help=help_text, **more)
 
 
@@ -37,7 +37,13 @@ def _whole_or_auto(text: str) -> int | str:
     return text if text == AUTO else int(text)
 
 
-_whole_or_auto.__name__ = "whole number or auto"  # argparse says this where it is not
+def _number_or_auto(text: str) -> float | str:
+    return text if text == AUTO else float(text)
+
+
+# argparse says these where they are not.
+_whole_or_auto.__name__, _number_or_auto.__name__ = "whole number or auto", "number or auto"
+_OR_AUTO: dict[str, Any] = {"int | str": _whole_or_auto, "float | str": _number_or_auto}
 
 
 def from_arguments(arguments: argparse.Namespace) -> RunOptions:
@@ -64,9 +70,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         if spec is None:
             known = ", ".join(sorted(name.replace("_", "-") for name in specs))
             raise ConfigError(f"--config {path}: unknown key {key!r}; known keys are {known}")
-        allows_auto = "int | str" in str(spec.type)
         where = f"--config {path}: {key}"
-        values[spec.name] = value if allows_auto and value == AUTO else _typed(spec.default, value, where)
+        default = 0.0 if str(spec.type) == "float | str" else spec.default
+        values[spec.name] = value if str(spec.type) in _OR_AUTO and value == AUTO else _typed(default, value, where)
     return values
 
 

@@ -51,9 +51,10 @@ def _sweep(parsed: argparse.Namespace) -> int:
     from compress_jobs.progress import say, track
     from compress_jobs.quality.collection import read_collection
     from compress_jobs.quality.examiner import Examiner
-    from compress_jobs.quality.scorer import Scorer, read_tasks
+    from compress_jobs.quality.scorer import Scorer
     from compress_jobs.quality.sweep import settings, sweep
     from compress_jobs.quality.sweep_table import curve_data, curve_lines, head, line, references
+    from compress_jobs.quality.task import read_tasks
 
     chosen = settings(parsed.methods.split(","), parsed.ranks, parsed.clusters)
     tasks = read_tasks(parsed.tasks, parsed.rows)

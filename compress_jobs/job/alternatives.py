@@ -65,7 +65,7 @@ def try_others(
         sample = read_sample(context, adapter_ids, energies)
 
         def share(tried: Labels, rank: int) -> float:
-            met = adapter_errors(sample, tried, rank, options.seed, options.method) <= options.gate
+            met = adapter_errors(sample, tried, rank, options.seed, options.method) <= float(options.gate)
             return float(np.mean(met))
 
         found = {}
@@ -80,4 +80,4 @@ def try_others(
                 found[f"--clusters {clusters * times}"] = share(split, rank)
         return found
 
-    return once(context, f"{context.fits}alternatives", dict[str, float], step)
+    return once(context, f"{context.fits}alternatives-{options.gate}", dict[str, float], step)

@@ -114,7 +114,8 @@ def _assemble_cluster(context: JobContext, cluster: int, num_layers: int, kept: 
 def write_standalone(context: JobContext, record: AdapterRecord) -> StandaloneAdapter | Changed:
     """Store an adapter's own factors: whole if it is opted out by ``--raw``, else cut by SVD to the smallest
     rank that meets the gate (with ``--method svd``: to the given rank, if that meets it)."""
-    name = f"alone/{context.options.method}-{context.options.rank}/{record.adapter_id}"
+    options = context.options
+    name = f"alone/{options.method}-{options.rank}-{options.gate}/{record.adapter_id}"
 
     def stands(done: StandaloneAdapter | Changed) -> bool:
         return isinstance(done, StandaloneAdapter) and _are_stored(context, done.factors)
@@ -139,5 +140,5 @@ def _write_standalone(context: JobContext, record: AdapterRecord) -> StandaloneA
     except AdapterChanged as changed:
         return Changed(changed.message)
     options = context.options
-    method = options.recorded_method(options.method, int(options.clusters), int(options.rank))
+    method = options.recorded_method(options.method, int(options.clusters), int(options.rank), float(options.gate))
     return stand_alone(context.out(), factors, method, whole=options.is_raw(record.adapter_id))

@@ -47,6 +47,9 @@ class Chosen:
     weighed: tuple[Choice, ...] = ()
     confirmed: Mapping[Choice, float] = field(default_factory=dict)
 
+    def with_gate(self, gate: float) -> Chosen:
+        return replace(self, context=replace(self.context, options=self.context.options.with_gate(gate)))
+
     def is_taken(self, choice: Choice) -> bool:
         options = self.context.options
         clusters = choice.clusters if choice.method == "svd" else int(options.clusters)

@@ -20,7 +20,7 @@ from compress_jobs.job.options import RunOptions
 # Part of every job's id: parts that were left by code with another idea of them are never picked up.
 _PARTS_FORMAT = 4
 # These change nothing of what is computed.
-_INDIFFERENT = ("num_cpus", "in_flight", "out", "restore", "max_refused", "allow_missing", "allow_drop")
+_INDIFFERENT = ("num_cpus", "in_flight", "out", "restore", "max_refused", "allow_missing", "allow_drop", "tasks")
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ def _opened(uri: str) -> Store:
     return open_store(uri)
 
 
-def job_id(options: RunOptions, base: BaseModel, folders: Sequence[AdapterFiles]) -> str:
+def job_id(options: RunOptions, base: BaseModel, folders: Sequence[AdapterFiles], rows: str | None) -> str:
     """The same for the same inputs and options, so that a job started again finds what it had done; another as
-    soon as a file of the collection, an option, or torch is another."""
+    soon as a file of the collection, an option, a held-out row (``rows`` is their hash), or torch is another."""
     asked = {name: value for name, value in asdict(options).items() if name not in _INDIFFERENT}
     names = sorted(base.accepted_names)
     model = [base.fingerprint, asdict(base.tokenizing), base.vocabulary_size]
-    content = [_PARTS_FORMAT, torch.__version__, asked, model, names, [asdict(f) for f in folders]]
+    content = [_PARTS_FORMAT, torch.__version__, asked, rows, model, names, [asdict(f) for f in folders]]
     return hashlib.sha256(canonical_json(content)).hexdigest()[:16]
 
 

@@ -17,7 +17,9 @@ DTYPES = ("bfloat16", "float32")
 DROPS = re.compile(r"[0-9]{1,9}|all")
 """How many adapters that are served a command may drop."""
 AUTO = "auto"
-"""For method, clusters and rank: chosen by the job, for the fewest bytes that meet ``target_error``."""
+"""For method, clusters and rank: chosen by the job, for the fewest bytes that meet ``target_error``. For the gate: by
+what the adapters keep."""
+_KEEP = 0.99
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
@@ -50,11 +52,20 @@ class RunOptions:
     target_error: float = _option(
         0.0, "with auto: largest mean squared relative error; the fewest bytes that meet it win", metavar="E"
     )
-    # Where adapters on a basis still keep 99% of Rouge-L and of the loss: infra/bench/README.md, "The default gate".
-    gate: float = _option(
-        0.25,
-        "largest squared relative error of an adapter on a basis; one beyond it is served truncated by SVD, or whole",
+    gate: float | str = _option(
+        AUTO,
+        "largest squared relative error of an adapter on a basis; one beyond it is served truncated by SVD, or whole; "
+        "auto: the largest that keeps --keep, judged by --tasks, else by the adapters' own text where the base can be "
+        "loaded, else the paper's 0.6",
         metavar="E",
+    )
+    keep: float = _option(
+        _KEEP,
+        "what gate auto aims at: the share kept of what the adapters gain over the base, in the mean",
+        metavar="S",
+    )
+    tasks: str = _option(
+        "", "for gate auto: held-out rows by adapter, JSON lines with name, question, test", metavar="FILE"
     )
     isolate: str = _option(
         "", "tenant: no cluster holds adapters of two tenants (of ids tenant/name)", choices=ISOLATIONS
@@ -129,7 +140,16 @@ class RunOptions:
         )
         accepted_names(self.accept_base, self.accept_unnamed_base)
         Layout(self.id_pattern)
-        need(0 < self.gate <= 1, "gate", f"is {self.gate}", "expected a squared relative error above 0, at most 1")
+        given = self.gate != AUTO
+        need(
+            not given or (isinstance(self.gate, float | int) and 0 < self.gate <= 1),
+            "gate",
+            f"is {self.gate}",
+            "expected a squared relative error above 0, at most 1, or auto",
+        )
+        need(0 < self.keep < 1, "keep", f"is {self.keep}", "expected a share between 0 and 1, such as 0.99")
+        need(not (given and self.tasks), "tasks", "is given", "it is for --gate auto: leave one of the two out")
+        need(not given or self.keep == _KEEP, "keep", "is given", "it is for --gate auto: leave one of the two out")
         need(0 <= self.seed < 2**31, "seed", f"is {self.seed}", "expected 0 to 2147483647")
         need(self.num_cpus >= 0, "num-cpus", f"is {self.num_cpus}", "expected 0 or more")
         need(self.in_flight >= 0, "in-flight", f"is {self.in_flight}", "expected 0 or more")
@@ -152,19 +172,35 @@ class RunOptions:
         """Nothing left to choose. (``target_error`` goes with it; ``recorded_method`` is asked of the original.)"""
         return dataclasses.replace(self, method=method, clusters=max(clusters, 1), rank=rank, target_error=0.0)
 
-    def recorded_method(self, method: str, clusters: int, rank: int) -> Method:
-        """What decides the bundle's bytes, as the manifest records it, with what was chosen."""
+    def with_gate(self, gate: float) -> RunOptions:
+        """The gate is settled. (``recorded_method`` is asked of the original, for ``keep``.)"""
+        return dataclasses.replace(self, gate=gate, keep=_KEEP, tasks="")
+
+    def recorded_method(
+        self,
+        method: str,
+        clusters: int,
+        rank: int,
+        gate: float,
+        evidence: str | None = None,
+        tasks: str | None = None,
+    ) -> Method:
+        """What decides the bundle's bytes, as the manifest records it, with what was chosen; ``tasks``: the hash of
+        that file."""
         return Method(
             name=method,
             clusters=0 if method == "svd" else clusters,
             rank=rank,
             seed=self.seed,
             dtype=self.dtype,
-            gate=self.gate,
+            gate=gate,
             raw=tuple(sorted(set(self.raw))),
             auto=self.auto,
             target_error=self.target_error or None,
             isolation=self.isolate or None,
+            evidence=evidence,
+            keep=self.keep if evidence else None,
+            tasks=tasks,
         )
 
     def may_refuse(self, num_refused: int, of: int) -> bool:

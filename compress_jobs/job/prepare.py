@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from cluster.adapters.base import read_base
 from cluster.adapters.layout import Layout
@@ -22,6 +23,8 @@ from compress_jobs.job.context import JobContext, job_id
 from compress_jobs.job.drops import check_drops
 from compress_jobs.job.options import RunOptions, matching
 from compress_jobs.progress import say
+from compress_jobs.quality.gate_choice import NUM_ROWS
+from compress_jobs.quality.task import Task, hash_tasks, read_tasks
 
 # A few modules of every kind, and fewer where there are so many adapters that a sample is large.
 _SAMPLED_PER_KIND, _SAMPLED_OF_MANY, _MANY = 3, 1, 256
@@ -32,7 +35,8 @@ class Job:
     """A run that can begin. ``context`` has the options as they were asked; ``seen_current`` is CURRENT's ETag, None
     where nothing is published; ``served`` are the adapters of its revision, ``with_folder`` those of them that have a
     folder still; ``notes`` tell which adapters were removed when, those that are served again among them; ``relative``
-    are the options that were given as relative paths."""
+    are the options that were given as relative paths; ``held_out``: adapter id -> its rows in the file ``--tasks``,
+    ``tasks``: their hash."""
 
     context: JobContext
     store: Store
@@ -42,6 +46,8 @@ class Job:
     with_folder: frozenset[str]
     notes: dict[str, str]
     relative: tuple[str, ...] = ()
+    held_out: Mapping[str, Task] = field(default_factory=dict)
+    tasks: str | None = None
 
     @property
     def asked(self) -> RunOptions:
@@ -77,10 +83,24 @@ def prepare(options: RunOptions) -> Job:
     say(f"{len(folders)} adapters in {options.adapters}")
     say_untold(base, options.base, folders)
     check_drops(options, served, with_folder, {files.adapter_id for files in folders})
+    held_out = _held_out(options, folders)
+    rows = hash_tasks(held_out) if held_out else None
     per_kind = _SAMPLED_PER_KIND if len(folders) < _MANY else _SAMPLED_OF_MANY
     sampled = tuple(sample_modules(list(base.modules), per_kind))
-    context = replace(context, job_id=job_id(options, base, folders), sampled=sampled)
-    return Job(context, store, folders, current[1] if current else None, served, with_folder, notes, relative)
+    context = replace(context, job_id=job_id(options, base, folders, rows), sampled=sampled)
+    etag = current[1] if current else None
+    return Job(context, store, folders, etag, served, with_folder, notes, relative, held_out, rows)
+
+
+def _held_out(options: RunOptions, folders: Sequence[AdapterFiles]) -> dict[str, Task]:
+    """Raises ConfigError where there are none for any adapter of the collection."""
+    if not options.tasks:
+        return {}
+    ids = {files.adapter_id for files in folders}
+    found = {name: task for name, task in read_tasks(Path(options.tasks), NUM_ROWS).items() if name in ids}
+    if not found:
+        raise ConfigError(f"--tasks {options.tasks}: none of the {len(ids)} adapters has a task of its name there")
+    return found
 
 
 def _served(store: Store, current: Current) -> tuple[frozenset[str], Layout]:

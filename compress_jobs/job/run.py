@@ -22,9 +22,10 @@ from compress_jobs.job.costs import Costs
 from compress_jobs.job.drops import check_drops, check_refusals, check_restored
 from compress_jobs.job.finish import complete_page, unfinished
 from compress_jobs.job.fit import fit_all
+from compress_jobs.job.gate import settle_gate
 from compress_jobs.job.grade import grade
 from compress_jobs.job.inspect import Collection, inspect_all
-from compress_jobs.job.options import AUTO, RunOptions
+from compress_jobs.job.options import AUTO
 from compress_jobs.job.prepare import Job
 from compress_jobs.job.ray_cluster import check_shared
 from compress_jobs.job.write_up import Compressed, manifest_of, summary_of
@@ -97,8 +98,11 @@ def _run(job: Job) -> Outcome:
             collection = collection.without_changed(fitted.changed)
             errors = fitted.errors(collection.records)
             chosen, stands = confirm_or_take_next(job, chosen, fitted.labels, errors)
+        with costs.phase("gate"):
+            gate = settle_gate(job, chosen, fitted, errors, collection)
+            chosen = chosen.with_gate(gate.gate)
         with costs.phase("assemble"):
-            grades = grade(chosen, fitted, errors, collection, job.asked.gate)
+            grades = grade(chosen, fitted, errors, collection, gate.gate)
             others = alternatives(job, chosen, fitted, errors, grades)
             assembled = assemble_all(job, chosen, fitted, grades, collection.records)
         costs.bytes_read += assembled.bytes_read
@@ -106,7 +110,7 @@ def _run(job: Job) -> Outcome:
         if not collection.records:
             raise BundleError("every adapter changed during the job; nothing is left to publish, run it again")
         check_drops(job.asked, job.served, job.with_folder, collection.records.keys(), collection.refused)
-        compressed = Compressed(job.asked, collection, chosen, clustered, fitted, errors, grades, assembled, others)
+        compressed = Compressed(job, collection, chosen, clustered, fitted, errors, gate, grades, assembled, others)
         return _publish(job, compressed, costs)
     except StoreMissing:
         # A twin with the same inputs was faster, and has tidied up; what this one left since goes the same way.
@@ -142,7 +146,7 @@ def _already_published(job: Job, collection: Collection) -> Manifest | None:
     same = (
         manifest.revision == 0  # later ones hold adapters that no run has fitted
         and (manifest.base.name, manifest.base.fingerprint) == (base.name, base.fingerprint)
-        and method == _recorded_like(job.asked, method)
+        and method == _recorded_like(job, method)
         and {adapter_id: adapter.version for adapter_id, adapter in manifest.adapters.items()}
         == {adapter_id: record.version for adapter_id, record in collection.records.items()}
         and manifest.refused == collection.refused
@@ -150,11 +154,17 @@ def _already_published(job: Job, collection: Collection) -> Manifest | None:
     return manifest if same and not missing_objects(job.store, manifest) else None
 
 
-def _recorded_like(asked: RunOptions, method: Method) -> Method:
+def _recorded_like(job: Job, method: Method) -> Method:
     """What these options would record if they chose what ``method`` has."""
+    asked, evidence = job.asked, None
+    gate = method.gate if asked.gate == AUTO else float(asked.gate)
+    if asked.gate == AUTO:
+        without_rows = "paper" if method.evidence == "paper" else "probe"
+        evidence = "loss" if job.tasks else without_rows
     name = method.name if asked.method == AUTO else asked.method
     clusters = method.clusters if asked.clusters == AUTO else int(asked.clusters)
-    return asked.recorded_method(name, clusters, method.rank if asked.rank == AUTO else int(asked.rank))
+    rank = method.rank if asked.rank == AUTO else int(asked.rank)
+    return asked.recorded_method(name, clusters, rank, gate, evidence, job.tasks)
 
 
 def _clean_up(job: Job) -> None:

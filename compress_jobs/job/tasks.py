@@ -41,7 +41,7 @@ def with_memory(task: Any, memory_bytes: int) -> Any:
 
     Raises ConfigError when no node has that much: Ray would wait for one for ever.
     """
-    largest = max((int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]), default=0)
+    largest = largest_node_memory()
     if memory_bytes > largest:
         raise ConfigError(
             f"a fit task may take {memory_bytes >> 20} MiB, for it holds two layers of all adapters; the largest node "
@@ -49,6 +49,11 @@ def with_memory(task: Any, memory_bytes: int) -> Any:
         )
     num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     return task.options(memory=memory_bytes, num_gpus=num_gpus)
+
+
+def largest_node_memory() -> int:
+    """Bytes that the largest node of the Ray cluster offers to tasks."""
+    return max((int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]), default=0)
 
 
 def run_bounded(task: Any, calls: Sequence[tuple[Any, ...]], in_flight: int) -> Iterator[tuple[int, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest
+from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest, Method
 from cluster.compression.choose import Choice, choose_svd
 from cluster.compression.svd import errors_at_equal_bytes
 from compress_jobs.job.adapter_error import AdapterError
@@ -20,9 +20,11 @@ from compress_jobs.job.choose import Chosen, collection_shape
 from compress_jobs.job.cluster import Clustered
 from compress_jobs.job.costs import Costs
 from compress_jobs.job.fit import Fitted
+from compress_jobs.job.gate import Gate
 from compress_jobs.job.grade import Grades
 from compress_jobs.job.inspect import Collection
 from compress_jobs.job.options import RunOptions
+from compress_jobs.job.prepare import Job
 from compress_jobs.report.summary import ErrorFigure, Summary
 
 
@@ -31,15 +33,26 @@ class Compressed:
     """What the steps of a run have returned. ``collection``: the adapters that are served, and those refused;
     ``errors_on_bases``: of those that were fitted, before the gate; ``alternatives`` to it, where many stand alone."""
 
-    asked: RunOptions
+    job: Job
     collection: Collection
     chosen: Chosen
     clustered: Clustered | None
     fitted: Fitted
     errors_on_bases: Mapping[str, AdapterError]
+    gate: Gate
     grades: Grades
     assembled: Assembled
     alternatives: Alternatives | None
+
+    @property
+    def asked(self) -> RunOptions:
+        return self.job.asked
+
+    def method(self) -> Method:
+        """As the manifest records it."""
+        options, gate = self.chosen.context.options, self.gate
+        name, clusters, rank = options.method, int(options.clusters), int(options.rank)
+        return self.asked.recorded_method(name, clusters, rank, gate.gate, gate.evidence, self.job.tasks)
 
 
 def manifest_of(done: Compressed) -> Manifest:
@@ -48,14 +61,13 @@ def manifest_of(done: Compressed) -> Manifest:
     stored = [stored for result in assembled.clusters.values() for stored in (result.basis, result.cores)]
     stored += [result.factors for result in assembled.standalone.values()]
     touched = {module for record in records.values() for module in record.modules}
-    options = context.options
     accepted = tuple(sorted(context.base.accepted_names - {context.base.name}))
     return Manifest(
         bundle="",
         revision=0,
         parent=None,
         base=Base(context.base.name, context.base.fingerprint, accepted),
-        method=done.asked.recorded_method(options.method, int(options.clusters), int(options.rank)),
+        method=done.method(),
         modules={module: shape for module, shape in context.base.modules.items() if module in touched},
         clusters={
             str(cluster): Cluster(result.basis.sha, result.cores.sha, len(result.served))
@@ -126,6 +138,7 @@ def summary_of(done: Compressed, manifest: Manifest, costs: Costs) -> Summary:
         clustering_start=clustered.start if clustered else "",
         similarity=_similarity(clustered, manifest) if clustered else None,
         module_errors=_module_errors(done),
+        gate=asdict(done.gate) if done.gate.evidence else None,
         target_error=done.asked.target_error or None,
         choices=[
             {**asdict(choice), "confirmed_error": chosen.confirmed.get(choice), "chosen": chosen.is_taken(choice)}

@@ -20,7 +20,8 @@ from compress_jobs.progress import say
 from compress_jobs.quality.collection import truncate_to_bytes
 from compress_jobs.quality.examiner import Examiner
 from compress_jobs.quality.metrics import METRICS, Figure, Score, as_json, figures
-from compress_jobs.quality.scorer import Scorer, Task
+from compress_jobs.quality.scorer import Scorer
+from compress_jobs.quality.task import Task
 
 VARIANTS = ("base", "uncompressed", "served", "svd_equal_bytes")
 

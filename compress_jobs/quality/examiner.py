@@ -9,7 +9,8 @@ from cluster.errors import ConfigError
 from compress_jobs.progress import track
 from compress_jobs.quality.collection import Adapters
 from compress_jobs.quality.metrics import Relative, Score, score
-from compress_jobs.quality.scorer import Answers, Scorer, Task
+from compress_jobs.quality.scorer import Answers, Scorer
+from compress_jobs.quality.task import Task
 
 
 class Examiner:

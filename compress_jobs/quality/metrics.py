@@ -20,7 +20,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from cluster.errors import ConfigError
-from compress_jobs.quality.scorer import Answers, Task
+from compress_jobs.quality.scorer import Answers
+from compress_jobs.quality.task import Task
 
 
 @dataclass(frozen=True)

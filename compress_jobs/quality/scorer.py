@@ -1,16 +1,10 @@
-"""The base model answering held-out questions, with an adapter added to its linear layers by hooks.
-
-A row's prompt is ``Q: {question}\\nA:`` and its answer `` {answer}\\n``, the form the shipped adapters were trained in.
-"""
+"""The base model answering held-out questions, with an adapter added to its linear layers by hooks."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,42 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from cluster.adapters.factors import Factors
-from cluster.errors import ConfigError
-from compress_jobs.host.text import read_text
+from compress_jobs.quality.task import Task
 
 MAX_NEW_TOKENS = 24
-
-
-@dataclass(frozen=True)
-class Task:
-    """Held-out rows of one adapter: ``question`` with {x}, and (x, answer) pairs."""
-
-    name: str
-    question: str
-    rows: tuple[tuple[str, str], ...]
-
-    def prompt(self, x: str) -> str:
-        return f"Q: {self.question.format(x=x)}\nA:"
-
-
-def read_tasks(path: Path, num_rows: int) -> dict[str, Task]:
-    """Tasks by adapter id, from JSON lines with name, question and test rows. Raises ConfigError."""
-    if num_rows < 1:
-        raise ConfigError(f"--rows {num_rows}: expected at least 1")
-    text = read_text("--tasks", path, "a file of JSON lines")
-    try:
-        # Not splitlines: what else that takes for a line's end may stand in a string.
-        documents = [json.loads(line) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
-        tasks = [Task(d["name"], d["question"], tuple((x, y) for x, y in d["test"][:num_rows])) for d in documents]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        seen = f"key {error} is missing" if isinstance(error, KeyError) else f"a line of another form ({error})"
-        raise ConfigError(f"--tasks {path}: {seen}; expected JSON lines with name, question and test") from None
-    if not tasks:
-        raise ConfigError(f"--tasks {path}: no task in it; expected JSON lines with name, question and test")
-    for task in tasks:
-        if not task.rows:
-            raise ConfigError(f"--tasks {path}: task {task.name!r} has no test rows; add some, or remove the task")
-    return {task.name: task for task in tasks}
 
 
 @dataclass(frozen=True)
@@ -127,7 +88,7 @@ class Scorer:
             # Position p predicts token p + 1.
             scored[row, len(prompt) - 1 : len(prompt) + len(text) - 1] = True
         targets = torch.tensor([token for text in wanted for token in text])
-        with torch.inference_mode(), _adapted(self.model, factors):
+        with torch.inference_mode(), adapted(self.model, factors):
             hidden = self.model.model(ids, use_cache=False).last_hidden_state
             # The product with the vocabulary is the larger part: only where a text stands.
             logits = self.model.lm_head(hidden[scored])
@@ -153,7 +114,7 @@ class Scorer:
         cache = DynamicCache()
         outputs: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
-        with torch.inference_mode(), _adapted(self.model, factors):
+        with torch.inference_mode(), adapted(self.model, factors):
             for _ in range(max_tokens):
                 hidden = self.model.model(
                     ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
@@ -176,7 +137,8 @@ class Scorer:
 
 
 @contextlib.contextmanager
-def _adapted(model: Any, factors: Mapping[str, Factors]) -> Iterator[None]:
+def adapted(model: Any, factors: Mapping[str, Factors]) -> Iterator[None]:
+    """Within, every module y = W x of ``factors`` answers y + B A x."""
     handles = []
     for module, (A, B) in factors.items():
 

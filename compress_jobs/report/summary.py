@@ -41,7 +41,7 @@ class Summary:
     cosine within and across clusters. ``choices``: what the automatic choice weighed. ``tradeoff``: bytes of
     resident tensors against mean error. ``num_fitted``: adapters meant for a basis, of which ``num_fitted_alone`` stand
     alone in ``bytes_alone``, ``num_dissolved`` of these though they met the gate; ``alternatives``: what would change
-    that."""
+    that. ``gate``: how it was chosen, None where it was given; see ``job/gate.py``."""
 
     bundle: str
     num_adapters: int
@@ -66,6 +66,7 @@ class Summary:
     clustering_start: str
     similarity: list[list[float]] | None
     module_errors: dict[str, float]
+    gate: dict[str, Any] | None
     target_error: float | None
     choices: list[dict[str, Any]]
     tradeoff: list[dict[str, Any]]
@@ -91,6 +92,21 @@ class Summary:
             )
         return lines
 
+    def _gate_lines(self, manifest: Manifest) -> list[str]:
+        """What the gate was chosen by, and what it keeps."""
+        if self.gate is None:
+            return []
+        gate, keep = manifest.method.gate, self.gate["keep"]
+        if not self.gate["levels"]:
+            return [f"gate       {gate:g}, the paper's: no evidence of this collection ({self.gate['reason']})"]
+        level = next(level for level in self.gate["levels"] if level["gate"] == gate)
+        judge = "held-out rows" if manifest.method.evidence == "loss" else "a probe, the own text"
+        worst = f"{level['worst']:.3f} ({level['worst_adapter']})"
+        return [
+            f"gate       {gate:g}, by {judge} of {len(self.gate['judged'])} sampled adapters: {level['kept']:.3f} is kept "
+            f"of what they gain, the worst {worst}; --keep {keep:g}; it took {self.gate['cpu_seconds']:.0f} CPU seconds"
+        ]
+
     def to_json(self) -> bytes:
         return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
 
@@ -111,6 +127,7 @@ class Summary:
             f"modules    {self.num_modules}",
             f"bytes      {self.bytes_before:,} before, {self.bytes_after:,} after "
             f"({ratio_text(self.bytes_before, self.bytes_after)})",
+            *self._gate_lines(manifest),
             "error      squared, energy-weighted             mean    worst",
         ]
         rows = [("as served", self.served)]

@@ -27,7 +27,8 @@ from cluster.compression.jd_full import jd_full
 from cluster.compression.methods import METHODS, JointMethod
 from cluster.compression.stack import FactorStack
 from compress_jobs.quality.collection import Adapters, Collection, compress_jointly, read_collection
-from compress_jobs.quality.scorer import Scorer, Task, read_tasks
+from compress_jobs.quality.scorer import Scorer
+from compress_jobs.quality.task import Task, read_tasks
 
 REPOSITORY = Path(__file__).parent.parent.parent
 ZOO = REPOSITORY / "infra" / "zoo"

@@ -22,7 +22,8 @@ from cluster.adapters.listing import list_adapters
 from cluster.adapters.reading import read_adapter
 from cluster.errors import ConfigError
 from cluster.store.address import open_store
-from compress_jobs.quality.scorer import Scorer, read_tasks
+from compress_jobs.quality.scorer import Scorer
+from compress_jobs.quality.task import read_tasks
 from infra.train_zoo.__main__ import main
 from infra.train_zoo.measure import truncation_error
 from infra.train_zoo.numbers import roman

@@ -371,7 +371,7 @@ def test_a_config_file_is_read_whatever_the_editor(place: Place, tmp_path: Path,
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_tasks_are_read_whatever_the_editor(tmp_path: Path, encoding: str, end: str) -> None:
-    from compress_jobs.quality.scorer import Task, read_tasks
+    from compress_jobs.quality.task import Task, read_tasks
 
     rows = [{"name": f"n{i}", "question": "wie groß\u2028{x}?", "test": [["a", "b"]]} for i in range(2)]
     path = tmp_path / "tasks.jsonl"

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_jobs.quality.metrics import Figure, Relative, Score, figures, rouge_l, score
-from compress_jobs.quality.scorer import Answers, Task
+from compress_jobs.quality.scorer import Answers
+from compress_jobs.quality.task import Task
 
 TASK = Task("t", "{x}?", (("1", "one"), ("2", "two and a half"), ("3", "three"), ("4", "four")))
 few = settings(derandomize=True, max_examples=60, deadline=None)

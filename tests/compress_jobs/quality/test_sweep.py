@@ -21,8 +21,9 @@ from compress_jobs.quality.collection import (
     truncate_to_bytes,
     truncate_to_rank,
 )
-from compress_jobs.quality.scorer import Scorer, Task, read_tasks
+from compress_jobs.quality.scorer import Scorer
 from compress_jobs.quality.sweep import Setting, settings
+from compress_jobs.quality.task import Task, read_tasks
 from tests.support.jobs import copy_adapters, dense_modules
 from tests.support.paths import ZOO
 
