@@ -56,12 +56,7 @@ def add_parser(commands: Any) -> None:
     run.add_argument("--clusters", metavar="K", type=int, help="as for run")
     run.add_argument("--rank", metavar="R", type=int, help="as for run")
     run.add_argument("--method", choices=METHODS, help="as for run")
-    run.add_argument(
-        "--gate",
-        metavar="E",
-        type=float,
-        help=f"as for run, which judges its own; here the paper's {PAPER:g} otherwise",
-    )
+    run.add_argument("--gate", metavar="E", type=float, help=f"as for run; where it judges, {PAPER:g} is taken here")
     run.add_argument("--dtype", choices=DTYPES, help="as for run")
     parser.set_defaults(execute=_plan)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from cluster.bundle.reading import Bundle
 from cluster.errors import UnknownAdapter
 from compress_jobs.report.brought import brought_lines
+from compress_jobs.report.facts import gate_text
 from compress_jobs.report.refusals import refusal_lines, remedy_lines
 
 
@@ -17,7 +18,7 @@ def show_bundle(bundle: Bundle) -> list[str]:
     lines = [
         f"bundle    {manifest.bundle} revision {manifest.revision} at {bundle.store.uri}",
         f"base      {manifest.base.name} ({manifest.base.fingerprint[:19]}...)",
-        f"method    {method.name}, rank {method.rank}, {method.dtype}, seed {method.seed}, gate {method.gate}",
+        f"method    {method.name}, rank {method.rank}, {method.dtype}, seed {method.seed}, gate {gate_text(method)}",
         f"modules   {len(manifest.modules)}",
         f"resident  {manifest.resident_bytes():,} bytes",
     ]

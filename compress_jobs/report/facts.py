@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.bundle.manifest import Manifest
+from cluster.bundle.manifest import Manifest, Method
 from compress_jobs.report.page import error_text
 from compress_jobs.report.summary import ErrorFigure
 
@@ -50,6 +50,12 @@ def svd_beside(report: Notes) -> str:
 
 def raw_pattern(manifest: Manifest, adapter_id: str) -> str | None:
     return next((pattern for pattern in manifest.method.raw if fnmatch.fnmatchcase(adapter_id, pattern)), None)
+
+
+def gate_text(method: Method) -> str:
+    """The gate, and what it was chosen by where the job chose it."""
+    how = {"loss": "by held-out rows", "probe": "by a probe", "paper": "the paper's, without evidence"}
+    return f"{method.gate:g}" + (f" ({how[method.evidence]}, to keep {method.keep:g})" if method.evidence else "")
 
 
 def mean(values: Sequence[float]) -> float:

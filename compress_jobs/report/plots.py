@@ -235,6 +235,35 @@ def trade_off(
         return _svg(figure, "trade-off", label)
 
 
+def kept_by_gate(
+    levels: Sequence[tuple[float, float, float]],
+    ways: Sequence[tuple[float, float]],
+    gate: float,
+    keep: float,
+    label: str,
+) -> str:
+    """``levels``: (gate, kept in the mean, of the worst), ascending; ``ways``: (error, kept) of single adapters. What
+    is beyond all is drawn as all."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(3.4)
+        gates, mean, worst = zip(*levels, strict=True)
+        axes.plot(gates, mean, marker="o", color=_BLUE, linewidth=1.6, markersize=4, label="mean")
+        axes.plot(
+            gates, worst, marker="s", color=_VERMILION, linewidth=1.2, linestyle="--", markersize=4, label="worst"
+        )
+        if ways:
+            errors, kept = zip(*((error, min(kept, 1.0)) for error, kept in ways), strict=True)
+            axes.plot(errors, kept, "x", color=_GREY, markersize=5, label="one adapter, at its error")
+        axes.axvline(gate, color=_INK, linewidth=1.4, label=f"gate {gate:g}")
+        axes.axhline(keep, color=_GREY, linewidth=1.2, linestyle=(0, (1, 2)), label=f"asked for {keep:g}")
+        axes.set_xlim(0, max(gates) * 1.03)
+        axes.grid(True)
+        axes.set_xlabel("gate, or squared relative error")
+        axes.set_ylabel("share kept")
+        figure.legend(loc="outside lower center", ncols=3)
+        return _svg(figure, "kept-by-gate", label)
+
+
 def frontier(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Those that no other point beats in both bytes and error, by ascending bytes."""
     best, kept = math.inf, []

@@ -17,7 +17,7 @@ from cluster.bundle.reading import Bundle
 from cluster.bundle.revisions import revision_key
 from cluster.errors import BundleError, StoreMissing
 from compress_jobs.report.brought import brought
-from compress_jobs.report.facts import Notes, error_figure, served_error, verdict_on_svd
+from compress_jobs.report.facts import Notes, error_figure, gate_text, served_error, verdict_on_svd
 from compress_jobs.report.page import Section, cards, count, error_text, page, paragraph, size_text, table
 
 SectionMaker = Callable[[Manifest, Notes], Section | None]
@@ -47,10 +47,12 @@ def render(manifest: Manifest, report: Mapping[str, Any]) -> str:
     """
     # Here, for matplotlib is slow to import and --help should not be.
     from compress_jobs.report import costs, errors
+    from compress_jobs.report.gate import gate
 
     makers: tuple[tuple[str, SectionMaker], ...] = (
         ("What this is", _identity),
         ("Error by adapter", errors.adapters),
+        ("The gate", gate),
         ("Error by layer and module kind", errors.modules),
         ("Clusters", errors.clusters),
         ("Similarity", errors.similarity),
@@ -138,7 +140,7 @@ def _identity(manifest: Manifest, report: Notes) -> Section:
         ("Method", f"{method.name}, rank {method.rank}" + (f", {method.clusters} clusters" if method.clusters else "")),
         ("Chosen by the job", ", ".join(method.auto) or "nothing: all as given"),
         ("Target error", "–" if method.target_error is None else f"{method.target_error:g}"),
-        ("Gate", f"{method.gate:g}"),
+        ("Gate", gate_text(method)),
         ("Raw by wish", ", ".join(method.raw) or "–"),
         ("Tenants", "never share a cluster" if method.isolation == "tenant" else "may share clusters"),
         ("Stored as", f"{method.dtype}, seed {method.seed}"),

@@ -101,10 +101,12 @@ class Summary:
             return [f"gate       {gate:g}, the paper's: no evidence of this collection ({self.gate['reason']})"]
         level = next(level for level in self.gate["levels"] if level["gate"] == gate)
         judge = "held-out rows" if manifest.method.evidence == "loss" else "a probe, the own text"
-        worst = f"{level['worst']:.3f} ({level['worst_adapter']})"
+        kept = (
+            f"{level['kept']:.3f} of what they gain is kept, the worst {level['worst']:.3f} ({level['worst_adapter']})"
+        )
         return [
-            f"gate       {gate:g}, by {judge} of {len(self.gate['judged'])} sampled adapters: {level['kept']:.3f} is kept "
-            f"of what they gain, the worst {worst}; --keep {keep:g}; it took {self.gate['cpu_seconds']:.0f} CPU seconds"
+            f"gate       {gate:g}, by {judge} of {len(self.gate['judged'])} sampled adapters: {kept}; "
+            f"--keep {keep:g}; it took {self.gate['cpu_seconds']:.0f} CPU seconds"
         ]
 
     def to_json(self) -> bytes:

@@ -20,9 +20,10 @@ from tests.support.paths import REPOSITORY
 
 @contextlib.contextmanager
 def job_process(*line: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """``compress_jobs run`` in a session of its own, which is gone at the end."""
+    """``compress_jobs run`` in a session of its own, which is gone at the end; with run_job's gate where none is given."""
+    gate = () if {"--gate", "--config"} & set(line) else ("--gate", "0.25")
     process = subprocess.Popen(
-        [sys.executable, "-m", "compress_jobs", "run", *line],
+        [sys.executable, "-m", "compress_jobs", "run", *line, *gate],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

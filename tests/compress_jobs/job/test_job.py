@@ -309,7 +309,8 @@ def test_of_two_jobs_racing_for_current_one_wins_and_the_other_says_so(
     publish = run.publish
     monkeypatch.setattr(run, "publish", other_job_first)
     monkeypatch.setattr(ray_cluster, "connect", lambda _: None)
-    status = main(["run", "--adapters", str(adapters), "--base", str(base_path), "--out", str(out), "--rank", "8"])
+    places = {"--adapters": str(adapters), "--base": str(base_path), "--out": str(out)}
+    status = main(["run", *(word for pair in places.items() for word in pair), "--rank", "8", "--gate", "0.25"])
     assert status == 1
     assert "was moved to bundle " + winner[0] in capsys.readouterr().err
     assert Bundle.open(str(out)).manifest.bundle == winner[0]

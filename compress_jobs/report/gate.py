@@ -1,0 +1,45 @@
+"""The section on the gate: what it was chosen by, and what each gate would have kept."""
+
+from __future__ import annotations
+
+from cluster.bundle.manifest import Manifest
+from compress_jobs.report import plots
+from compress_jobs.report.facts import Notes
+from compress_jobs.report.page import Section, figure, paragraph, table
+
+_BY = {
+    "loss": "held-out rows: the share kept of the loss that an adapter gains over the base on its own",
+    "probe": "a probe, which needs no data: on text that the uncompressed adapter writes, the share kept of its "
+    "divergence from the base",
+}
+
+
+def gate(manifest: Manifest, report: Notes) -> Section | None:
+    method, known = manifest.method, report.get("gate")
+    if method.evidence is None or not known:
+        return None
+    if not known["levels"]:
+        reason = f"The paper's gate of {method.gate:g} was taken, for there is no evidence of this collection: "
+        return Section("gate", "The gate", paragraph(reason + known["reason"]))
+    levels = [(level["gate"], level["kept"], level["worst"]) for level in known["levels"]]
+    ways = [(way["error"], way["kept"]) for one in known["judged"] for way in one["ways"] if way["how"] != "whole"]
+    at = next(level for level in known["levels"] if level["gate"] == method.gate)
+    svg = plots.kept_by_gate(levels, ways, method.gate, known["keep"], "What is kept by gate; a table follows")
+    here = (
+        f"{len(known['judged'])} sampled adapters were judged by {_BY[method.evidence]}. At the gate of {method.gate:g} "
+        f"{at['kept']:.3f} is kept in the mean, and {at['worst']:.3f} of the worst, {at['worst_adapter']}; "
+        f"{known['keep']:g} was asked for."
+    )
+    how = "A point is an adapter as some gate would have it served; the lines are all of them at that gate."
+    rows = [
+        (
+            f"{level['gate']:g}",
+            level["on_basis"],
+            f"{level['kept']:.4f}",
+            f"{level['worst']:.4f}",
+            level["worst_adapter"],
+        )
+        for level in known["levels"]
+    ]
+    header = ("gate", ">of them on a basis", ">kept, mean", ">worst", "who")
+    return Section("gate", "The gate", figure(svg, how, here) + table("Gates that were tried", header, rows))
