@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import ray
 
 from cluster.adapters.record import AdapterRecord
 from cluster.errors import ConfigError
@@ -61,7 +60,11 @@ def settle_gate(
             job,
             f"the base takes {needed >> 20} MiB to run, the largest node of this Ray cluster offers {largest >> 20}",
         )
-    num_tasks = max(1, min(len(subjects), int(ray.cluster_resources().get("CPU", 1))))
+    num_tasks = min(len(subjects), tasks.num_cpus())
+    say(
+        f"gate: {len(subjects)} adapters are judged, in {num_tasks} tasks that load the base (up to {needed >> 20} MiB "
+        "each); --gate E would spare that"
+    )
     calls = [(chosen.context, fitted.num_layers, subjects[i::num_tasks]) for i in range(num_tasks)]
     task = tasks.remote(examine).options(memory=needed)
     done: list[Examined] = []

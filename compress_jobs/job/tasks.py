@@ -111,5 +111,10 @@ def _result(reference: Any) -> Any:
         ) from None
 
 
+def num_cpus() -> int:
+    """Of the Ray cluster."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
 def default_in_flight() -> int:
-    return max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+    return 2 * num_cpus()

@@ -26,9 +26,9 @@ def gate(manifest: Manifest, report: Notes) -> Section | None:
     at = next(level for level in known["levels"] if level["gate"] == method.gate)
     svg = plots.kept_by_gate(levels, ways, method.gate, known["keep"], "What is kept by gate; a table follows")
     here = (
-        f"{len(known['judged'])} sampled adapters were judged by {_BY[method.evidence]}. At the gate of {method.gate:g} "
-        f"{at['kept']:.3f} is kept in the mean, and {at['worst']:.3f} of the worst, {at['worst_adapter']}; "
-        f"{known['keep']:g} was asked for."
+        f"{len(known['judged'])} sampled adapters were judged by {_BY[method.evidence]}. At the gate of "
+        f"{method.gate:g}, {at['kept']:.3f} is kept in the mean, and {at['worst']:.3f} of the worst, "
+        f"{at['worst_adapter']}; {known['keep']:g} was asked for."
     )
     how = "A point is an adapter as some gate would have it served; the lines are all of them at that gate."
     rows = [

@@ -247,10 +247,8 @@ def kept_by_gate(
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(3.4)
         gates, mean, worst = zip(*levels, strict=True)
-        axes.plot(gates, mean, marker="o", color=_BLUE, linewidth=1.6, markersize=4, label="mean")
-        axes.plot(
-            gates, worst, marker="s", color=_VERMILION, linewidth=1.2, linestyle="--", markersize=4, label="worst"
-        )
+        axes.plot(gates, mean, "o-", color=_BLUE, linewidth=1.6, markersize=4, label="mean")
+        axes.plot(gates, worst, "s--", color=_VERMILION, linewidth=1.2, markersize=4, label="worst")
         if ways:
             errors, kept = zip(*((error, min(kept, 1.0)) for error, kept in ways), strict=True)
             axes.plot(errors, kept, "x", color=_GREY, markersize=5, label="one adapter, at its error")

@@ -20,7 +20,7 @@ from tests.support.paths import REPOSITORY
 
 @contextlib.contextmanager
 def job_process(*line: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """``compress_jobs run`` in a session of its own, which is gone at the end; with run_job's gate where none is given."""
+    """``compress_jobs run`` in a session of its own, gone at the end. With run_job's gate where none is given."""
     gate = () if {"--gate", "--config"} & set(line) else ("--gate", "0.25")
     process = subprocess.Popen(
         [sys.executable, "-m", "compress_jobs", "run", *line, *gate],
