@@ -41,12 +41,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 ZOO = REPOSITORY / "infra" / "zoo"
 BASE = REPOSITORY / "build" / "base"
 _NUM_ADAPTERS, _NUM_ROWS = 8, 32
-_SIZES: tuple[tuple[int, int], ...] = (
-    (1, 8),
-    (1, 16),
-    (2, 16),
-    (4, 16),
-)  # clusters and rank; SVD of ranks 1 to 3 beside
+_SIZES = ((1, 8), (1, 16), (2, 16), (4, 16))  # clusters and rank
 
 
 def sizes(collection: Collection) -> dict[str, Adapters]:
@@ -74,25 +69,20 @@ def compare(scorer: Scorer, collection: Collection, tasks: Mapping[str, Task]) -
         began = time.process_time()
         base = scorer.score(task, {}).loss
         gained = base - scorer.score(task, own).loss
-        by_loss = {
-            name: (base - scorer.score(task, served[adapter_id]).loss) / gained for name, served in every.items()
-        }
+        left = {name: base - scorer.score(task, served[adapter_id]).loss for name, served in every.items()}
         middle = time.process_time()
         probe = Probe(scorer, own, seed=number)
         by_probe = {name: probe.judge(served[adapter_id])[0] for name, served in every.items()}
         cpu["loss"], cpu["probe"] = cpu["loss"] + middle - began, cpu["probe"] + time.process_time() - middle
         for name in every:
             kept.setdefault(name, {"loss": [], "probe": []})
-            kept[name]["loss"].append(min(lost[name] / gained, 1.0))
+            kept[name]["loss"].append(min(left[name] / gained, 1.0))
             kept[name]["probe"].append(by_probe[name])
-    print(
-        f"{'size':<24}{'kept by loss':>14}{'worst':>8}{'by the probe':>14}{'worst':>8}   means over {len(picked)} adapters"
-    )
-    rows = {}
+    print(f"what {len(picked)} adapters keep, in the mean")
+    print(f"{'size':<24}{'by loss':>14}{'worst':>8}{'by the probe':>14}{'worst':>8}")
+    rows: dict[str, dict[str, dict[str, float]]] = {}
     for name, by in sorted(kept.items(), key=lambda item: sum(item[1]["loss"])):
-        rows[name] = {
-            judge: {"mean": round(float(np.mean(v)), 4), "worst": round(min(v), 4)} for judge, v in by.items()
-        }
+        rows[name] = {j: {"mean": round(float(np.mean(v)), 4), "worst": round(min(v), 4)} for j, v in by.items()}
         cells = "".join(f"{rows[name][judge]['mean']:>14.3f}{rows[name][judge]['worst']:>8.3f}" for judge in by)
         print(f"{name:<24}{cells}")
     means = [[rows[name][judge]["mean"] for name in rows] for judge in ("loss", "probe")]
@@ -104,8 +94,8 @@ def compare(scorer: Scorer, collection: Collection, tasks: Mapping[str, Task]) -
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
     """Spearman's, without ties."""
-    places = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(places)[0, 1])
+    places = np.array([np.argsort(np.argsort(values)) for values in (first, second)])
+    return float(np.corrcoef(places[0], places[1])[0, 1])
 
 
 def whole_job(
@@ -156,9 +146,8 @@ def main() -> None:
     half = {name: len(task.rows) // 2 for name, task in rows.items()}
     seen = {name: replace(task, rows=task.rows[: half[name]]) for name, task in rows.items()}
     unseen = {name: replace(task, rows=task.rows[half[name] :]) for name, task in rows.items()}
-    print(
-        f"{len(collection.adapters)} adapters, {len(collection.adapters.keys() & rows.keys())} with a task", flush=True
-    )
+    num_asked = len(collection.adapters.keys() & rows.keys())
+    print(f"{len(collection.adapters)} adapters, {num_asked} with a task", flush=True)
     results: dict[str, Any] = {"adapters": len(collection.adapters), "clusters": parsed.clusters, "rank": parsed.rank}
     results["keep"], results["probe_beside_loss"] = parsed.keep, compare(scorer, collection, unseen)
     ray.init(address="local", num_cpus=parsed.num_cpus, include_dashboard=False, object_store_memory=200 << 20)
