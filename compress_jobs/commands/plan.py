@@ -78,5 +78,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     base, layout = base_and_layout(parsed)
     planned = plan(parsed.adapters, base, device_memory, parsed.num_cpus, parsed.sample, parsed.seed, layout, method)
     print("\n".join(planned.lines()))
+    if method and parsed.gate is None:
+        print(f"gate       the run judges its own; this plan takes the paper's {PAPER:g}, give --gate E for another")
     print(json.dumps(planned.figures()))
     return 0
