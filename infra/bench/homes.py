@@ -90,11 +90,11 @@ def write_bundle(address: str, base: BaseModel, write: Callable[[Store, dict[str
 
 def write_cores(store: Store, shapes: dict[str, ModuleShape], num_adapters: int) -> Manifest:
     generator = torch.Generator().manual_seed(0)
-    slots = -(-num_adapters // CLUSTERS)
     clusters: dict[str, Cluster] = {}
     adapters: dict[str, Adapter] = {}
     objects: dict[str, int] = {}
-    for number in range(CLUSTERS):
+    for number in range(min(CLUSTERS, num_adapters)):
+        slots = len(range(number, num_adapters, CLUSTERS))
         basis, cores = {}, {}
         for module, shape in shapes.items():
             basis[f"{module}.U"] = _draw(generator, shape.d_out, BASIS_RANK)
@@ -103,7 +103,7 @@ def write_cores(store: Store, shapes: dict[str, ModuleShape], num_adapters: int)
         stored = put_object(store, basis), put_object(store, cores)
         objects |= {item.sha: item.size_bytes for item in stored}
         clusters[str(number)] = Cluster(stored[0].sha, stored[1].sha, slots)
-        for slot in range(min(slots, num_adapters - len(adapters))):
+        for slot in range(slots):
             served = served_revision("core", stored[0].sha, stored[1].sha, str(slot))
             adapters[f"adapter-{len(adapters):04}"] = _entry("core", served, cluster=str(number), slot=slot)
     return _manifest(clusters, adapters, objects)

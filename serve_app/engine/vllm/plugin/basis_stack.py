@@ -91,11 +91,11 @@ class BasisStack:
             self.U[i][places, 0, :, :r] = B.to(self.V)
 
     def clear(self, positions: Sequence[int]) -> None:
-        for position in positions:
-            self.V[position].zero_()
-            for U in self.U:
-                U[position].zero_()
-            if self.has_cores:
+        places = torch.tensor(positions, device=self.V.device)
+        for tensor in (self.V, *self.U):
+            tensor.index_fill_(0, places, 0)
+        if self.has_cores:
+            for position in positions:
                 start = position * self.settings.slots_per_cluster
                 self.cores[start : start + self.settings.slots_per_cluster].zero_()
 

@@ -164,7 +164,7 @@ class TokenIndex:
         # Stable, so that tokens that are all on one basis stay as they stand.
         order = np.argsort(positions, kind="stable")
         present, sizes = np.unique(positions, return_counts=True)
-        if present[0] == -1:
+        if -1 in present[:1]:
             order, present, sizes = order[sizes[0] :], present[1:], sizes[1:]
         if not len(present):
             return None
