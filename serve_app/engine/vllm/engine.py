@@ -274,7 +274,8 @@ def _checked(home: str, loaded: LoadedHome, members: Mapping[int, str]) -> Loade
             )
         weights[module] = own
         for part, tensor in (("U", own.U), ("V", own.V), ("cores", own.cores)):
-            if tensor is None or torch.isfinite(tensor).all():
+            # A sum is not finite if a number in it is not, and takes a tenth of the time of a look at each.
+            if tensor is None or tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all():
                 continue
             told = f"{part} of module {module!r} is not finite; compress it anew"
             if own.rows is None:

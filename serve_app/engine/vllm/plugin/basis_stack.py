@@ -77,18 +77,16 @@ class BasisStack:
             (own[:, :r_U] if self.settings.is_diagonal else own[:, :r_U, :r_V]).copy_(cores)
 
     def put_factors(self, positions: Sequence[int], slices: Sequence[ModuleWeights | None]) -> None:
-        """Write a home of truncated and raw adapters: its slot s to ``positions[s]``."""
-        self.clear(positions)
+        """Write a home of truncated and raw adapters: its slot s to ``positions[s]``, which must be clear."""
         places = torch.tensor(positions, device=self.V.device)
         for i, weights in enumerate(slices):
             if weights is None:
                 continue
             assert weights.rows is not None
             r = weights.U.shape[2]
-            # Two steps each: a gather from the stack, a scatter to the positions.
             A, B = weights.V.mT.index_select(0, weights.rows), weights.U.index_select(0, weights.rows)
-            self.V[places, 0, i * self.rank : i * self.rank + r] = A.to(self.V)
-            self.U[i][places, 0, :, :r] = B.to(self.V)
+            self.V[:, 0, i * self.rank : i * self.rank + r].index_copy_(0, places, A.to(self.V))
+            self.U[i][:, 0, :, :r].index_copy_(0, places, B.to(self.V))
 
     def clear(self, positions: Sequence[int]) -> None:
         places = torch.tensor(positions, device=self.V.device)

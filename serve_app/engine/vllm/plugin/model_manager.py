@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
 
 from cluster.bundle.serving_map import factors_rank
@@ -60,7 +60,6 @@ class HomeModelManager(LRUCacheLoRAModelManager):
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
-        self.kernels = self.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY]
         self.index = TokenIndex(self.settings, max_num_batched_tokens, self.device)
         self.basis_kernels = None
 
