@@ -6,12 +6,13 @@ A plan that does not fit is refused here, before anything starts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.bundle.manifest import Manifest
-from cluster.bundle.serving_map import cluster_home, factors_home
+from cluster.bundle.serving_map import ServingMap, cluster_home
 from cluster.errors import BaseModelError, PlacementError
 from cluster.units import gib
 
@@ -39,14 +40,21 @@ class Needs:
 
 
 def home_sizes(manifest: Manifest, dtype: str) -> dict[str, int]:
-    """Home -> bytes on a device that holds it as ``dtype``; the manifest counts those of its own dtype."""
+    """Home -> bytes on a device that holds it as ``dtype``; the manifest counts those of its own dtype.
+
+    A stack of factors takes a little more: a row of zeros a module, and what the vLLM engine fills up (see
+    ``serve_app.engine.vllm.plugin.settings.padded_rank``).
+    """
 
     def resident(*objects: str) -> int:
         stored = sum(manifest.objects[name] for name in objects)
         return stored * DTYPE_BYTES[dtype] // DTYPE_BYTES.get(manifest.method.dtype, 4)
 
     sizes = {cluster_home(name): resident(c.basis, c.cores) for name, c in manifest.clusters.items()}
-    factors = {factors_home(name): resident(a.factors) for name, a in manifest.adapters.items() if a.factors}
+    factors: Counter[str] = Counter()
+    for adapter_id, served in ServingMap.of(manifest).adapters.items():
+        if own := manifest.adapters[adapter_id].factors:
+            factors[served.home] += resident(own)
     return sizes | factors
 
 
@@ -56,8 +64,9 @@ def plan_groups(
     """Spread the homes of ``sizes`` (home -> bytes) over groups.
 
     Clusters: ``clusters_per_group`` each, or, for ``auto``, one a group while ``devices`` hold
-    ``replicas`` of every group, else packed evenly. Factors homes follow, by bytes, so that groups end equally
-    full. A bundle without clusters, or without anything, still gets a group. ``devices`` None: not known, no bound.
+    ``replicas`` of every group, else packed evenly. Factors homes follow, by bytes, so that groups end equally full,
+    as far as whole homes allow. A bundle without clusters, or without anything, still gets a group. ``devices`` None:
+    not known, no bound.
     Raises PlacementError when the groups need more devices than there are.
     """
     clusters = [home for home in sizes if home.startswith("cluster:")]

@@ -22,7 +22,11 @@ def served_factors(bundle: Bundle, adapter_id: str) -> dict[str, Factors]:
     if adapter_id not in bundle.manifest.adapters:
         raise UnknownAdapter(f"adapter {adapter_id!r} is not in {bundle.address}; `show` lists those that are")
     served = bundle.serving_map.find(adapter_id)
-    factors = {module: _factors(weights, served.slot) for module, weights in bundle.load_home(served.home).items()}
+    if served.cluster is None:
+        factors = {module: (A.float(), B.float()) for module, (A, B) in bundle.load_factors(adapter_id).items()}
+    else:
+        weights = bundle.load_home(served.home).weights
+        factors = {module: _factors(own, served.slot) for module, own in weights.items()}
     return {module: (A, B) for module, (A, B) in factors.items() if B.any()}
 
 
@@ -50,10 +54,8 @@ def export_adapter(bundle: Bundle, adapter_id: str, target: Path) -> int:
 
 
 def _factors(weights: ModuleWeights, slot: int) -> Factors:
-    U, V = weights.U.float(), weights.V.float()
-    if weights.cores is None:
-        return V.T, U
-    core = weights.cores[slot].float()
+    assert weights.cores is not None
+    U, V, core = weights.U.float(), weights.V.float(), weights.cores[slot].float()
     return V.T, U * core if core.dim() == 1 else U @ core
 
 

@@ -7,7 +7,10 @@ one; parsing.py is its border.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count, filterfalse
 from typing import Any
 
 from cluster.adapters.layout import Layout
@@ -67,7 +70,8 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One served adapter. ``cluster`` and ``slot`` are set for mode core, ``factors`` and ``rank`` otherwise.
+    """One served adapter. ``cluster`` is set for mode core, and ``slot`` is its row of the cluster's cores; ``factors``
+    and ``rank`` are set otherwise, and ``slot`` is its place among all adapters of that rank (see ``with_slots``).
 
     ``version`` is the hash of the source, ``served`` that of what is answered with.
     ``error`` = sum_m ||M - M^||^2 / sum_m ||M||^2 over the modules the adapter touches.
@@ -156,6 +160,27 @@ class Manifest:
 def tenant_of(adapter_id: str) -> str:
     """The first segment of ``tenant/name``; "" for a plain ``name``."""
     return adapter_id.rpartition("/")[0]
+
+
+def with_slots(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The same, each truncated or raw adapter with a slot among those of its rank: the one it has, else the lowest
+    that is free, in the order of ids.
+
+    So a slot is an adapter's own for as long as it stands, in every revision; one that was left is taken by the next
+    that comes.
+    """
+    taken: dict[int, set[int]] = defaultdict(set)
+    for adapter in adapters.values():
+        if adapter.rank is not None and adapter.slot is not None:
+            taken[adapter.rank].add(adapter.slot)
+    given = dict(adapters)
+    free: dict[int, Iterator[int]] = {}
+    for adapter_id in sorted(adapters):
+        rank, slot = adapters[adapter_id].rank, adapters[adapter_id].slot
+        if rank is not None and slot is None:
+            slots = free.setdefault(rank, filterfalse(taken[rank].__contains__, count()))
+            given[adapter_id] = replace(adapters[adapter_id], slot=next(slots))
+    return given
 
 
 def template_hash(template: str) -> str:

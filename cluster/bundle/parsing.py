@@ -25,6 +25,7 @@ from cluster.bundle.manifest import (
     Refused,
     template_hash,
     tenant_of,
+    with_slots,
 )
 from cluster.errors import BundleError, ConfigError
 from cluster.layer import ModuleShape
@@ -61,7 +62,8 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         method=_parse_method(top.take("method", dict), f"{where}: method"),
         modules={name: f.into(ModuleShape) for name, f in top.children("modules")},
         clusters={name: f.into(Cluster) for name, f in top.children("clusters")},
-        adapters={name: _parse_adapter(f) for name, f in top.children("adapters")},
+        # Manifests were written without slots for truncated and raw adapters: those get them here.
+        adapters=with_slots({name: _parse_adapter(f) for name, f in top.children("adapters")}),
         refused={name: f.into(Refused) for name, f in top.children("refused")},
         objects={name: f.take_only("size_bytes", int) for name, f in top.children("objects")},
         templates=top.take_texts("templates"),
@@ -125,7 +127,7 @@ def _check_references(manifest: Manifest, where: str) -> None:
             need(sha in manifest.objects, f"cluster {name} names object {sha}, which is not listed")
     for sha, template in manifest.templates.items():
         need(sha == template_hash(template), f"template {sha} has other content than its hash says")
-    slots: set[tuple[str, int]] = set()
+    slots: set[tuple[str | int, int]] = set()
     tenants: dict[str, str] = {}
     for adapter_id, adapter in manifest.adapters.items():
         need(adapter.mode in MODES, f"adapter {adapter_id} has mode {adapter.mode!r}, expected one of {MODES}")
@@ -156,11 +158,15 @@ def _check_references(manifest: Manifest, where: str) -> None:
             )
         else:
             need(
-                adapter.factors in manifest.objects and adapter.cluster is None and adapter.slot is None,
+                adapter.factors in manifest.objects and adapter.cluster is None,
                 f"adapter {adapter_id} is of mode {adapter.mode} with factors {adapter.factors!r}, "
-                f"cluster {adapter.cluster!r}, slot {adapter.slot!r}",
+                f"cluster {adapter.cluster!r}",
             )
             need(adapter.rank is not None and adapter.rank > 0, f"adapter {adapter_id} has rank {adapter.rank!r}")
+            place = (cast(int, adapter.rank), cast(int, adapter.slot))
+            need(place[1] >= 0, f"adapter {adapter_id} has slot {place[1]}")
+            need(place not in slots, f"adapter {adapter_id} shares slot {place[1]} of rank {place[0]} with another")
+            slots.add(place)
 
 
 class _Fields:

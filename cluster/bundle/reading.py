@@ -7,10 +7,12 @@ that the job did not write.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from cluster.bundle.manifest import Adapter, Cluster, Manifest
+from cluster.adapters.factors import Factors
+from cluster.bundle.factors import FactorsObject, check_shape, factor_pairs, pair_of, read_factors, shape_of
+from cluster.bundle.manifest import Cluster, Manifest
 from cluster.bundle.revisions import newest_revision, parse_current, read_current, read_manifest, read_object
 from cluster.bundle.serving_map import ServingMap
 from cluster.errors import BundleError, ConfigError, StoreMissing
@@ -20,6 +22,15 @@ from cluster.store.protocol import Store
 
 HomeWeights = dict[str, ModuleWeights]
 """Module name -> its weights, for one home."""
+
+
+@dataclass(frozen=True)
+class LoadedHome:
+    """``failed``: slot -> why the adapter that has it cannot be served, though the home can."""
+
+    weights: HomeWeights
+    failed: Mapping[int, str] = field(default_factory=dict)
+
 
 _PINNED = re.compile(r"(?P<out>.+)/bundles/(?P<bundle>b-[0-9a-f]{16})/?")
 
@@ -64,14 +75,23 @@ class Bundle:
         """Pinned: with ``revision`` it opens this very revision again, in any process."""
         return f"{self.store.uri}/bundles/{self.manifest.bundle}"
 
-    def load_home(self, home: str) -> HomeWeights:
-        """The verified tensors of a home (``cluster:0``, ``factors:odd-one``), on the CPU, as stored."""
+    def load_home(self, home: str) -> LoadedHome:
+        """The verified tensors of a home (``cluster:0``, ``factors:2.0``), on the CPU, as stored.
+
+        Raises BundleError and StoreError; of a home of factors, what is wrong with one adapter's is raised only where
+        no other's can be read.
+        """
         kind, _, name = home.partition(":")
         if kind == "cluster" and name in self.manifest.clusters:
-            return self._load_cluster(name, self.manifest.clusters[name])
-        if kind == "factors" and name in self.manifest.adapters and self.manifest.adapters[name].factors:
-            return self._load_factors(name, self.manifest.adapters[name])
+            return LoadedHome(self._load_cluster(name, self.manifest.clusters[name]))
+        if members := self.serving_map.members(home):
+            return self._load_stack(members)
         raise BundleError(f"{self.address}: no home {home!r} in revision {self.manifest.revision}")
+
+    def load_factors(self, adapter_id: str) -> dict[str, Factors]:
+        """Module -> (A, B), as stored, of a truncated or raw adapter. Raises BundleError, StoreError."""
+        stored = self._factors_object(adapter_id)
+        return factor_pairs(read_object(self.store, stored.sha, stored.where), self.manifest.modules, stored.where)
 
     def home_bytes(self, home: str) -> int:
         """Bytes of a home's tensors as stored."""
@@ -79,7 +99,8 @@ class Bundle:
         if kind == "cluster":
             cluster = self.manifest.clusters[name]
             return self.manifest.objects[cluster.basis] + self.manifest.objects[cluster.cores]
-        return self.manifest.objects[str(self.manifest.adapters[name].factors)]
+        members = self.serving_map.members(home).values()
+        return sum(self.manifest.objects[self._factors_object(adapter_id).sha] for adapter_id in members)
 
     def _load_cluster(self, name: str, cluster: Cluster) -> HomeWeights:
         where = f"cluster {name} of {self.address}"
@@ -87,43 +108,27 @@ class Bundle:
         cores = read_object(self.store, cluster.cores, where)
         weights: HomeWeights = {}
         for module, core in cores.items():
-            U, V = _pair(basis, module, ("U", "V"), where)
+            U, V = pair_of(basis, module, ("U", "V"), where)
             r_U, r_V = U.shape[-1], V.shape[-1]
-            is_diagonal = core.dim() == 2 and r_U == r_V
-            self._check_shape(where, f"{module}.U", U, (self._shape(module, where)[0], r_U))
-            self._check_shape(where, f"{module}.V", V, (self._shape(module, where)[1], r_V))
-            self._check_shape(
-                where, module, core, (cluster.num_slots, r_U) if is_diagonal else (cluster.num_slots, r_U, r_V)
-            )
+            is_diagonal, shape = core.dim() == 2 and r_U == r_V, shape_of(self.manifest.modules, module, where)
+            check_shape(where, f"{module}.U", U, (shape.d_out, r_U))
+            check_shape(where, f"{module}.V", V, (shape.d_in, r_V))
+            check_shape(where, module, core, (cluster.num_slots, r_U) if is_diagonal else (cluster.num_slots, r_U, r_V))
             weights[module] = ModuleWeights(U, V, core)
         if len(basis) != 2 * len(cores):
             raise BundleError(f"{where}: basis holds {len(basis)} tensors for {len(cores)} modules with cores")
         return weights
 
-    def _load_factors(self, name: str, adapter: Adapter) -> HomeWeights:
-        where = f"adapter {name} of {self.address}"
-        factors = read_object(self.store, str(adapter.factors), where)
-        weights: HomeWeights = {}
-        for module in sorted({key.rpartition(".")[0] for key in factors}):
-            A, B = _pair(factors, module, ("A", "B"), where)
-            q = A.shape[0]
-            self._check_shape(where, f"{module}.A", A, (q, self._shape(module, where)[1]))
-            self._check_shape(where, f"{module}.B", B, (self._shape(module, where)[0], q))
-            weights[module] = ModuleWeights(U=B, V=A.T.contiguous(), cores=None)
-        return weights
+    def _load_stack(self, members: Mapping[int, str]) -> LoadedHome:
+        objects = {slot: self._factors_object(adapter_id) for slot, adapter_id in sorted(members.items())}
+        weights, failures = read_factors(self.store, objects, self.manifest.modules)
+        if len(failures) == len(objects):
+            raise next(iter(failures.values()))
+        return LoadedHome(weights, {slot: f"{type(error).__name__}: {error}" for slot, error in failures.items()})
 
-    def _shape(self, module: str, where: str) -> tuple[int, int]:
-        shape = self.manifest.modules.get(module)
-        if shape is None:
-            raise BundleError(f"{where}: tensors of module {module!r}, which the manifest does not list")
-        return shape.d_out, shape.d_in
-
-    @staticmethod
-    def _check_shape(where: str, tensor_name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-        if tuple(tensor.shape) != expected or not tensor.is_floating_point():
-            raise BundleError(
-                f"{where}: tensor {tensor_name} is {tensor.dtype} {tuple(tensor.shape)}, expected {expected}"
-            )
+    def _factors_object(self, adapter_id: str) -> FactorsObject:
+        sha = str(self.manifest.adapters[adapter_id].factors)
+        return FactorsObject(sha, f"adapter {adapter_id} of {self.address}")
 
 
 def _standing_revision(store: Store, bundle: str) -> int:
@@ -135,13 +140,3 @@ def _standing_revision(store: Store, bundle: str) -> int:
     if current is not None and current[0].bundle == bundle:
         return current[0].revision
     return newest_revision(store, bundle)
-
-
-def _pair(tensors: dict[str, Tensor], module: str, names: tuple[str, str], where: str) -> tuple[Tensor, Tensor]:
-    try:
-        first, second = (tensors[f"{module}.{name}"] for name in names)
-    except KeyError as error:
-        raise BundleError(f"{where}: tensor {error} is missing") from None
-    if first.dim() != 2 or second.dim() != 2:
-        raise BundleError(f"{where}: {module} has factors of {first.dim()} and {second.dim()} dimensions, expected 2")
-    return first, second

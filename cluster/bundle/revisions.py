@@ -95,6 +95,11 @@ def read_manifest(store: Store, bundle: str, revision: int) -> Manifest:
 
 def read_object(store: Store, sha: str, where: str) -> dict[str, Tensor]:
     """Tensors of a content-addressed object. Raises BundleError when its bytes do not have that hash."""
+    return parse_object(read_bytes(store, sha, where), sha, where)
+
+
+def read_bytes(store: Store, sha: str, where: str) -> bytes:
+    """Of a content-addressed object. Raises BundleError when they do not have that hash."""
     data = store.read(object_key(sha)).data
     seen = "sha256:" + hashlib.sha256(data).hexdigest()
     if seen != sha:
@@ -102,6 +107,11 @@ def read_object(store: Store, sha: str, where: str) -> dict[str, Tensor]:
             f"{where}: object {object_key(sha)} is corrupt: its hash is {seen[:19]}..., {sha[:19]}... was written; "
             "delete it and run the compression job again"
         )
+    return data
+
+
+def parse_object(data: bytes, sha: str, where: str) -> dict[str, Tensor]:
+    """Raises BundleError."""
     try:
         tensors: dict[str, Tensor] = load_tensors(data)
         return tensors

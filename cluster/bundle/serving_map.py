@@ -1,7 +1,9 @@
 """Adapter id -> where it lives and what it is answered with; read from a revision's manifest.
 
 A **home** is what must be resident for an adapter to be answered: ``cluster:0`` for an adapter on a basis,
-``factors:odd-one`` for a truncated or raw one.
+``factors:2.0`` for truncated and raw ones of rank 2, as many as a home of that rank has slots; the next are in
+``factors:2.1``. Whole homes are placed and loaded: theirs are few, however many adapters stand alone, and none is
+larger than what a group can well take on top.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import cast
 
 from cluster.bundle.manifest import Manifest
 from cluster.errors import UnknownAdapter
@@ -19,14 +22,26 @@ def cluster_home(cluster: str) -> str:
     return f"cluster:{cluster}"
 
 
-def factors_home(adapter_id: str) -> str:
-    return f"factors:{adapter_id}"
+HOME_RANKS = 512
+"""What the ranks of a factors home's adapters add up to at most: 0.8 GB for q, k and v of a 7B model in bfloat16."""
+
+
+def factors_home(rank: int, slot: int) -> tuple[str, int]:
+    """The home of the adapter that has ``slot`` among all of its ``rank``, and its slot there."""
+    number, own = divmod(slot, max(1, HOME_RANKS // rank))
+    return f"factors:{rank}.{number}", own
+
+
+def factors_rank(home: str) -> int | None:
+    """The rank of a factors home's adapters, None for a cluster."""
+    kind, _, name = home.partition(":")
+    return int(name.partition(".")[0]) if kind == "factors" else None
 
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """``slot`` is the row of the home's cores; a home of factors has the one slot 0. ``chat_template``: the
-    adapter's own text, None where chats go through the base's. ``brought``: as the manifest has it."""
+    """``slot`` is the row of the home's cores, or of its factors. ``chat_template``: the adapter's own text, None
+    where chats go through the base's. ``brought``: as the manifest has it."""
 
     adapter_id: str
     home: str
@@ -49,11 +64,14 @@ class ServingMap:
     def of(manifest: Manifest) -> ServingMap:
         entries = {}
         for adapter_id, adapter in manifest.adapters.items():
-            on_basis = adapter.cluster is not None
+            slot = cast(int, adapter.slot)
+            home = cluster_home(str(adapter.cluster))
+            if adapter.rank is not None:
+                home, slot = factors_home(adapter.rank, slot)
             entries[adapter_id] = ServedAdapter(
                 adapter_id=adapter_id,
-                home=cluster_home(str(adapter.cluster)) if on_basis else factors_home(adapter_id),
-                slot=int(adapter.slot or 0),
+                home=home,
+                slot=slot,
                 mode=adapter.mode,
                 cluster=adapter.cluster,
                 served=adapter.served,
@@ -82,6 +100,10 @@ class ServingMap:
         for served in self.adapters.values():
             needed[served.home] = max(needed[served.home], served.slot + 1)
         return needed
+
+    def members(self, home: str) -> dict[int, str]:
+        """Slot -> the adapter that has it."""
+        return {served.slot: adapter_id for adapter_id, served in self.adapters.items() if served.home == home}
 
     def homes(self) -> list[str]:
         """Every home once, clusters first."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest, Method
+from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest, Method, with_slots
 from cluster.compression.choose import Choice, choose_svd
 from cluster.compression.svd import errors_at_equal_bytes
 from compress_jobs.job.adapter_error import AdapterError
@@ -73,7 +73,7 @@ def manifest_of(done: Compressed) -> Manifest:
             str(cluster): Cluster(result.basis.sha, result.cores.sha, len(result.served))
             for cluster, result in sorted(assembled.clusters.items())
         },
-        adapters={adapter_id: _entry(done, adapter_id) for adapter_id in records},
+        adapters=with_slots({adapter_id: _entry(done, adapter_id) for adapter_id in records}),
         refused=dict(sorted(done.collection.refused.items())),
         objects={item.sha: item.size_bytes for item in stored},
         templates=templates_of(records.values()),

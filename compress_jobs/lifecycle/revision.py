@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cluster.adapters.layout import Layout
 from cluster.adapters.record import AdapterRecord
-from cluster.bundle.manifest import Adapter, Cluster, Manifest, Refused, served_revision
+from cluster.bundle.manifest import Adapter, Cluster, Manifest, Refused, served_revision, with_slots
 from cluster.bundle.publish import publish, put_object
 from cluster.bundle.revisions import newest_revision, read_current, read_manifest, read_object
 from cluster.errors import StoreMissing
@@ -75,8 +75,9 @@ def next_revision(
     """The manifest of the revision after the bundle's newest, child of CURRENT's, its new objects stored.
 
     An arrival replaces the adapter of its id. Bases are never touched; a cluster whose members change gets new
-    cores: those that stay, packed in their order, then the arrivals. A cluster without members is dropped. Whoever
-    neither leaves nor arrives keeps its core bit by bit, and with it its served revision.
+    cores: those that stay, packed in their order, then the arrivals. A cluster without members is dropped. An arrival
+    that stands alone takes the lowest slot of its rank that is free; those that stay keep theirs. Whoever neither
+    leaves nor arrives keeps its core or factors bit by bit, and with it its served revision.
     ``shapes`` are the base's modules, of which those that arrivals touch join the manifest; ``accepted`` are further
     names of the base, for all later revisions too; so is another ``layout``.
     """
@@ -127,7 +128,7 @@ def next_revision(
         base=replace(parent.base, accepted=tuple(sorted(names))),
         modules=parent.modules | {m: shape for m, shape in (shapes or {}).items() if m in touched},
         clusters=clusters,
-        adapters=dict(sorted(adapters.items())),
+        adapters=with_slots(dict(sorted(adapters.items()))),
         refused=dict(sorted(still_refused.items())),
         objects={sha: sizes[sha] for sha in sorted(needed)},
         templates={sha: text for sha, text in sorted(templates.items()) if sha in used},

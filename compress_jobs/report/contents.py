@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 
 from cluster.bundle.reading import Bundle
@@ -24,6 +25,11 @@ def show_bundle(bundle: Bundle) -> list[str]:
     ]
     for name, cluster in manifest.clusters.items():
         lines.append(f"cluster   {name}: {cluster.num_slots} adapters, {bundle.home_bytes(f'cluster:{name}'):,} bytes")
+    ranks = Counter(adapter.rank for adapter in manifest.adapters.values() if adapter.rank is not None)
+    for rank, number in sorted(ranks.items()):
+        own = {adapter.factors for adapter in manifest.adapters.values() if adapter.rank == rank}
+        size = sum(manifest.objects[str(factors)] for factors in own)
+        lines.append(f"factors   rank {rank}: {number} adapters, {size:,} bytes")
     lines.append(f"{'adapter':<32} {'mode':<10} {'cluster':>7} {'error':>8} {'worst module':>13}  served")
     for adapter_id, adapter in sorted(manifest.adapters.items()):
         lines.append(

@@ -31,9 +31,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from infra.bench.slot_rank import slot_rank
 from serve_app.engine.vllm.plugin.basis_stack import BasisStack
 from serve_app.engine.vllm.plugin.settings import PluginSettings, Products
 from serve_app.engine.vllm.plugin.token_index import Place, TokenIndex
@@ -82,7 +84,7 @@ def make_ways(case: Case, names: Sequence[str], dtype: torch.dtype, device: torc
     num_layers = max(2, min(64, WEIGHTS_BYTES // layer_bytes))
 
     def settings(products: Products) -> PluginSettings:
-        return PluginSettings(case.bases, SLOTS_EACH, case.rank, 0, False, products)
+        return PluginSettings(case.bases, SLOTS_EACH, case.rank, (), False, products)
 
     def make_stacks(products: Products) -> list[BasisStack]:
         return [BasisStack(settings(products), case.d, case.d_outs, dtype, device) for _ in range(num_layers)]
@@ -98,7 +100,7 @@ def make_ways(case: Case, names: Sequence[str], dtype: torch.dtype, device: torc
     products: tuple[Products, ...] = ("grouped", "numba", "static", "triton")
     for name in products:
         indices[name] = TokenIndex(settings(name), case.tokens, device)
-        positions = indices[name].set(ids, places)
+        (positions,) = indices[name].set(ids, places)
     on_bases, tasks = indices["grouped"].on_bases, indices["numba"].on_bases
     assert on_bases is not None
     assert tasks is not None
@@ -110,11 +112,11 @@ def make_ways(case: Case, names: Sequence[str], dtype: torch.dtype, device: torc
         "triton": lambda out, x, i: stacks[i].add_triton(out, x, indices["triton"]),
     }
     if {"static", "lora"} & set(names):
-        kernels = vllm_kernels(case.bases + 1, positions, case, dtype, device)
+        kernels = vllm_kernels(case.bases, positions, case, dtype, device)
         slots = indices["static"].core_slots
         ways["static"] = lambda out, x, i: stacks[i].add_static(out, x, slots, kernels)
         loras = sorted(places)
-        own = vllm_kernels(len(loras) + 1, [loras.index(i) + 1 for i in ids], case, dtype, device)
+        own = vllm_kernels(len(loras), np.array([loras.index(i) for i in ids]), case, dtype, device)
         num_loras = max(2, min(num_layers, WEIGHTS_BYTES // (len(loras) * layer_bytes // case.bases)))
         A = [
             tuple(torch.randn(len(loras) + 1, 1, case.rank, case.d, dtype=dtype, device=device) for _ in range(3))
@@ -130,17 +132,16 @@ def make_ways(case: Case, names: Sequence[str], dtype: torch.dtype, device: torc
     return {name: ways[name] for name in names}, num_layers
 
 
-def vllm_kernels(num_slots: int, ids: Sequence[int], case: Case, dtype: torch.dtype, device: torch.device) -> Any:
-    """vLLM's shrink and expand, told each token's slot + 1."""
+def vllm_kernels(num_slots: int, slots: np.ndarray, case: Case, dtype: torch.dtype, device: torch.device) -> Any:
+    """vLLM's shrink and expand, told each token's slot."""
     from vllm.config.lora import LoRAConfig
     from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
 
     from serve_app.engine.vllm.plugin.lora_layers import update_kernels
-    from serve_app.engine.vllm.plugin.settings import slot_rank
 
-    config = LoRAConfig(max_lora_rank=slot_rank(case.rank), max_loras=num_slots, lora_dtype=dtype)
+    config = LoRAConfig(max_lora_rank=slot_rank(case.rank), max_loras=num_slots + 1, lora_dtype=dtype)
     kernels = get_punica_wrapper(case.tokens, max_batches=case.tokens, device=device, lora_config=config)
-    update_kernels(kernels, ids, num_slots)
+    update_kernels(kernels, slots, num_slots)
     return kernels
 
 

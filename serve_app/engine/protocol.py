@@ -2,8 +2,9 @@
 
 An engine imports no Ray and no HTTP: it must run on a machine that has only torch and its own library.
 
-A **home** is what has to be resident for an adapter to be answered: its cluster, or, for a truncated or
-raw adapter, its own factors. Homes are named as in ``cluster.bundle.serving_map``: ``cluster:0``, ``factors:odd-one``.
+A **home** is what has to be resident for an adapter to be answered: its cluster, or, for a truncated or raw adapter,
+the stack of factors that it has a slot in. Homes are named as in ``cluster.bundle.serving_map``: ``cluster:0``,
+``factors:2.0``.
 """
 
 from __future__ import annotations
@@ -55,27 +56,29 @@ class GenerationChunk:
 
 @dataclass(frozen=True)
 class EngineHealth:
-    """``homes`` maps each home this engine was given to "ready" or to the reason it is unavailable.
+    """``homes`` maps each home this engine was given to "ready" or to the reason it is unavailable; ``adapters`` those
+    that are unavailable in a home that is ready to the reason.
 
     ``num_running`` requests are in the batch, ``num_waiting`` wait for a place in it.
     """
 
     alive: bool
     homes: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, str] = field(default_factory=dict)
     num_running: int = 0
     num_waiting: int = 0
 
 
 class Engine(Protocol):
     """``generate`` raises RequestError for a request it cannot answer, UnknownAdapter for an adapter that
-    is not in its map, HomeUnavailable for one whose home failed or was detached. All three are raised
+    is not in its map, HomeUnavailable for one that failed, or whose home did or was detached. All three are raised
     before the first chunk. EngineStopped, and ServeError for an answer that failed, may come at any time.
     Closing the stream (aclose, or cancelling its consumer) frees the batch row.
     """
 
     async def start(self) -> None:
-        """Load the base and attach the homes the engine was made with. A home that fails is recorded as
-        unavailable in ``health`` and never raised; a base that fails is raised."""
+        """Load the base and attach the homes the engine was made with. A home that fails, and an adapter of a home
+        that does not, is recorded as unavailable in ``health`` and never raised; a base that fails is raised."""
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]: ...
 

@@ -18,7 +18,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
+from cluster.bundle.serving_map import ServedAdapter
 from cluster.errors import CtsError, HomeUnavailable
+from serve_app.engine.home_states import READY
 from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationRequest
 from serve_app.openai.errors import overloaded
 
@@ -26,7 +28,6 @@ POLL_INTERVAL_S = 1.0
 # A busy replica on few cores may be slow to say how it is; its chunks count as signs of life too.
 SILENCE_S = 10.0
 
-READY = "ready"
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
 
@@ -55,10 +56,16 @@ class GroupClient:
             return self.health.homes.get(home, f"{self.name}: {self._reason}")
         return self.health.homes.get(home, f"{self.name} does not hold it")
 
-    def check(self, home: str | None) -> None:
-        """Raises HomeUnavailable when ``home`` (None: the base) cannot be asked."""
-        if home is not None and (state := self.home_state(home)) != READY:
-            raise HomeUnavailable(f"{home} is not being served: {state}")
+    def adapter_state(self, served: ServedAdapter) -> str:
+        """READY, or why the adapter cannot be asked: its home's reason, or its own."""
+        state = self.home_state(served.home)
+        return self.health.adapters.get(served.adapter_id, READY) if state == READY else state
+
+    def check(self, served: ServedAdapter | None) -> None:
+        """Raises HomeUnavailable when the adapter (None: the base) cannot be asked."""
+        if served is not None and (state := self.adapter_state(served)) != READY:
+            own = served.adapter_id if self.home_state(served.home) == READY else served.home
+            raise HomeUnavailable(f"{own} is not being served: {state}")
         if not self.alive:
             raise HomeUnavailable(f"{self.name}: {self._reason}")
 

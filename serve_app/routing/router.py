@@ -20,11 +20,12 @@ from fastapi.responses import Response
 from ray.serve.handle import DeploymentHandle
 
 from cluster.bundle.serving_map import ServedAdapter
+from serve_app.engine.home_states import READY
 from serve_app.engine.protocol import GenerationRequest
 from serve_app.openai.answers import Answering, ModelCard, ModelPage, adapter_card, base_card, page
 from serve_app.openai.errors import invalid, unknown_model
 from serve_app.openai.requests import ChatRequest, GenerationFields
-from serve_app.routing.groups import READY, GroupClient
+from serve_app.routing.groups import GroupClient
 from serve_app.routing.map_loader import MapLoader
 from serve_app.routing.responses import IndexedChunks, stream, whole
 
@@ -94,18 +95,20 @@ class Router:
             return base_card(
                 model_id, loaded.base_fingerprint, loaded.loaded_at, READY if alive else "no group is alive"
             )
-        return adapter_card(adapter, loaded.loaded_at, self._group_of[adapter.home].home_state(adapter.home))
+        return adapter_card(adapter, loaded.loaded_at, self._group_of[adapter.home].adapter_state(adapter))
 
     def readiness(self, strict: bool) -> tuple[bool, dict[str, Any]]:
         """Ready when a map is loaded and a home (or, in a bundle without any, the base) serves; ``strict``: when
-        every one does. And the states it stands on."""
+        every one does, with all its adapters. And the states it stands on."""
         states = {home: group.home_state(home) for home, group in self._group_of.items()}
+        failed = {adapter: why for group in self._groups.values() for adapter, why in group.health.adapters.items()}
         serving = [state == READY for state in states.values()] or [g.alive for g in self._groups.values()]
-        ready = self._map.loaded is not None and (all(serving) if strict else any(serving))
+        ready = self._map.loaded is not None and (all(serving) and not failed if strict else any(serving))
         body = {
             "ready": ready,
             "map": self._map.state,
             "homes": states,
+            "adapters": dict(sorted(failed.items())),
             "groups": {name: _group_state(group) for name, group in self._groups.items()},
         }
         return ready, body
@@ -124,7 +127,7 @@ class Router:
             group = self._group_of[adapter.home]
         else:
             group = min(self._groups.values(), key=lambda group: (not group.alive, group.num_inflight))
-        group.check(adapter.home if adapter else None)
+        group.check(adapter)
         return group
 
     def _ask(self, group: GroupClient, sequences: Sequence[GenerationRequest]) -> IndexedChunks:

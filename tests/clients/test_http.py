@@ -35,7 +35,7 @@ CLUSTERS = {
     "2": {"country-fr": "country-fr", "past": "past"},
 }
 PLAIN_CHAT = "{% for m in messages %}{{ m.content }}\n{% endfor %}A:"
-RAW = {"first-letter": "first-letter", "broken": "country-id"}
+RAW = {"first-letter": "first-letter", "broken": "date-us"}
 MODELS = [BASE, "first-letter", *(adapter_id for members in CLUSTERS.values() for adapter_id in members)]
 
 PATIENCE_S = 60.0 if ENGINE == "transformers" else serving.PATIENCE_S
@@ -284,7 +284,7 @@ def test_a_chat_goes_through_the_template_that_the_adapter_brought(app: App, bas
         assert list(card["brought"]) == ([] if text is None else ["chat-template"])
 
 
-def test_a_home_that_fails_its_checks_is_503_with_the_reason_and_the_others_answer(app: App) -> None:
+def test_an_adapter_that_fails_its_checks_is_503_with_the_reason_and_the_others_of_its_home_answer(app: App) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         app.say("broken")
     assert caught.value.status_code == 503
@@ -293,7 +293,8 @@ def test_a_home_that_fails_its_checks_is_503_with_the_reason_and_the_others_answ
     assert "corrupt" in app.client.models.retrieve("broken").model_dump()["status"]
     status, _, states = app.call("GET", "/ready")
     assert status == 200
-    assert [home for home, state in states["homes"].items() if state != "ready"] == ["factors:broken"]
+    assert set(states["homes"].values()) == {"ready"}
+    assert list(states["adapters"]) == ["broken"]
     assert app.call("GET", "/ready?all=1")[0] == 503
     assert app.call("GET", "/health")[0] == 200
 

@@ -12,11 +12,15 @@ D_IN, D_OUT, NUM_SLOTS = 48, 40, 12
 
 
 def make_home(kind: str, r: int, seed: int, d_out: int = D_OUT) -> ModuleWeights:
+    """A "stack" has fewer rows than slots, in another order: some slots do not touch the module."""
     generator = torch.Generator().manual_seed(seed)
+    if kind == "stack":
+        U, V = torch.randn(9, d_out, r, generator=generator), torch.randn(9, r, D_IN, generator=generator).mT
+        U[-1] = V[-1] = 0
+        return ModuleWeights(U, V, None, torch.tensor([8, 3, 0, 8, 6, 7, 8, 5, 1, 2, 4, 8]))
     cores = {
         "full": torch.randn(NUM_SLOTS, r, r, generator=generator),
         "diagonal": torch.randn(NUM_SLOTS, r, generator=generator),
-        "none": None,
     }[kind]
     return ModuleWeights(torch.randn(d_out, r, generator=generator), torch.randn(D_IN, r, generator=generator), cores)
 
@@ -28,11 +32,12 @@ def reference(out: Tensor, x: Tensor, homes: list[str | None], slots: list[int],
         if home is None or home not in weights:
             continue
         w = weights[home]
-        delta = w.U.double()
+        U, V = (w.U, w.V) if w.rows is None else (w.U[w.rows[slot]], w.V[w.rows[slot]])
+        delta = U.double()
         if w.cores is not None:
             core = w.cores[slot].double()
             delta = delta @ (torch.diag(core) if core.dim() == 1 else core)
-        result[t] += delta @ w.V.double().T @ x[t].double()
+        result[t] += delta @ V.double().T @ x[t].double()
     return result
 
 
@@ -56,7 +61,7 @@ def random_batch(num_tokens: int, d_out: int = D_OUT) -> tuple[Tensor, Tensor]:
     return torch.randn(num_tokens, d_out, generator=generator), torch.randn(num_tokens, D_IN, generator=generator)
 
 
-@pytest.mark.parametrize("kind", ["full", "diagonal", "none"])
+@pytest.mark.parametrize("kind", ["full", "diagonal", "stack"])
 @pytest.mark.parametrize("pattern", ["distinct", "uniform", "zipf", "identical"])
 @pytest.mark.parametrize("r", [1, 4, 16])
 def test_one_home_adds_what_the_formula_says(kind: str, pattern: str, r: int) -> None:
@@ -76,14 +81,13 @@ def test_homes_of_every_kind_and_rank_mix_with_base_rows(pattern: str) -> None:
         "cluster:0": make_home("full", 8, seed=1),
         "cluster:1": make_home("full", 3, seed=2),
         "cluster:2": make_home("diagonal", 5, seed=3),
-        "factors:odd": make_home("none", 2, seed=4),
+        "factors:2.0": make_home("stack", 2, seed=4),
+        "factors:6.0": make_home("stack", 6, seed=5),
     }
     choices: list[str | None] = [None, *weights]
-    homes = [choices[(t * 7) % 5] for t in range(40)]
+    homes = [choices[(t * 7) % 6] for t in range(40)]
     out, x = random_batch(40)
-    slots = [
-        0 if home in (None, "factors:odd") else slot for home, slot in zip(homes, slots_of(pattern, 40), strict=True)
-    ]
+    slots = slots_of(pattern, 40)
     seen = run(out, x, homes, slots, weights)
     torch.testing.assert_close(seen.double(), reference(out, x, homes, slots, weights), rtol=1e-4, atol=1e-3)
     base_rows = [t for t, home in enumerate(homes) if home is None]
@@ -91,12 +95,45 @@ def test_homes_of_every_kind_and_rank_mix_with_base_rows(pattern: str) -> None:
     assert torch.equal(seen[base_rows], out[base_rows]), "base rows must be the base's, bit for bit"
 
 
+@pytest.mark.parametrize("lengths", [[4, 4, 4, 4], [4, 1, 2, 4]])
+def test_sequences_on_stacks_add_what_the_formula_says(lengths: list[int]) -> None:
+    """One gather a sequence where they are of one length, a gather a token else: the same."""
+    weights = {"factors:3.0": make_home("stack", 3, seed=1), "cluster:0": make_home("full", 4, seed=2)}
+    homes, slots = ["factors:3.0", "cluster:0", "factors:3.0", "factors:3.0"], [2, 5, 2, 4]
+    out, x = random_batch(sum(lengths))
+    groups = group_tokens(homes, slots, lengths, "cpu")
+    assert [group.length for group in groups] == ([4, 4] if len(set(lengths)) == 1 else [1, 1])
+    seen = add_compressed_delta(out.clone(), x, groups, weights)
+    by_token = [[value] * length for value, length in zip(zip(homes, slots, strict=True), lengths, strict=True)]
+    token_homes, token_slots = zip(*[pair for own in by_token for pair in own], strict=True)
+    expected = reference(out, x, list(token_homes), list(token_slots), weights)
+    torch.testing.assert_close(seen.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_slot_never_meets_another_slots_factors() -> None:
+    clean = make_home("stack", 4, seed=1)
+    assert clean.rows is not None
+    poisoned = ModuleWeights(clean.U.clone(), clean.V.clone(), None, clean.rows)
+    poisoned.U[clean.rows[5]] = poisoned.V[clean.rows[5]] = torch.nan
+    out, x = random_batch(4)
+    homes: list[str | None] = ["factors:4.0"] * 4
+    seen = run(out, x, homes, [4, 5, 2, 0], {"factors:4.0": poisoned})
+    expected = run(out, x, homes, [4, 5, 2, 0], {"factors:4.0": clean})
+    assert torch.equal(seen[[0, 2, 3]], expected[[0, 2, 3]])
+    assert seen[1].isnan().all()
+    assert torch.equal(seen[3], out[3]), "a slot that does not touch the module leaves its token as it was"
+
+
 def test_a_token_never_meets_another_homes_basis() -> None:
     weights = {"cluster:0": make_home("full", 4, seed=1), "cluster:1": make_home("full", 4, seed=2)}
     poisoned = {
         "cluster:0": weights["cluster:0"],
         "cluster:1": ModuleWeights(
-            *(torch.full_like(tensor, torch.nan) for tensor in vars(weights["cluster:1"]).values())
+            *(
+                torch.full_like(tensor, torch.nan)
+                for tensor in vars(weights["cluster:1"]).values()
+                if tensor is not None
+            )
         ),
     }
     homes: list[str | None] = ["cluster:0", "cluster:1", None, "cluster:0"]

@@ -12,7 +12,7 @@ from serve_app.placement import Group, Needs, check_fit, count_needs, plan_group
 sizes_strategy = st.builds(
     lambda clusters, factors: (
         {f"cluster:{i}": size for i, size in enumerate(clusters)}
-        | {f"factors:a{i}": size for i, size in enumerate(factors)}
+        | {f"factors:2.{i}": size for i, size in enumerate(factors)}
     ),
     st.lists(st.integers(1, 1000), max_size=9),
     st.lists(st.integers(1, 50), max_size=12),
@@ -56,12 +56,12 @@ def test_auto_is_a_cluster_a_group_while_devices_last_else_packed_evenly(
 
 
 def test_factors_level_the_groups_by_bytes() -> None:
-    sizes = {"cluster:0": 100, "cluster:1": 40} | {f"factors:{i}": 10 for i in range(10)}
+    sizes = {"cluster:0": 100, "cluster:1": 40} | {f"factors:4.{i}": 10 for i in range(10)}
     groups = plan_groups(sizes, 1, None, 1)
     assert [group.resident_bytes for group in groups] == [120, 120]
 
 
-@pytest.mark.parametrize("sizes", [{}, {"factors:a": 1, "factors:b": 2}])
+@pytest.mark.parametrize("sizes", [{}, {"factors:1.0": 1, "factors:2.0": 2}])
 def test_a_bundle_without_clusters_still_gets_a_group(sizes: dict[str, int]) -> None:
     [group] = plan_groups(sizes, "auto", 4, 1)
     assert sorted(group.homes) == sorted(sizes)

@@ -21,7 +21,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cluster.adapters.base import read_base
-from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest, Method, served_revision, template_hash
+from cluster.bundle.manifest import (
+    Adapter,
+    Base,
+    Cluster,
+    Manifest,
+    Method,
+    served_revision,
+    template_hash,
+    with_slots,
+)
 from cluster.bundle.revisions import manifest_key, object_key
 from cluster.hashing import canonical_json
 from cluster.layer import ModuleShape
@@ -106,7 +115,7 @@ def write_bundle(
         method=Method("jd-diag" if diagonal else "jd-full", len(clusters), 64, 0, "float32", 1.0, tuple(raw)),
         modules=shapes,
         clusters=cluster_entries,
-        adapters=adapters,
+        adapters=with_slots(adapters),
         refused={},
         objects=objects,
         templates={template_hash(template): template for template in (templates or {}).values()},

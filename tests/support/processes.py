@@ -92,7 +92,7 @@ def assert_all_visible_revisions_are_whole(store: Store) -> None:
             _, bundle, _, revision, _ = entry.key.split("/")
             opened = Bundle(store, read_manifest(store, bundle, int(revision)))
             for home in opened.serving_map.homes():
-                opened.load_home(home)
+                assert not opened.load_home(home).failed
 
 
 def run_job_process(*line: str, **environment: str) -> str:

@@ -12,10 +12,10 @@ from typing import Any
 from cluster.bundle.reading import Bundle
 from cluster.bundle.serving_map import ServingMap
 from infra.bench.serving.load import Question
+from infra.bench.slot_rank import slot_rank
 from serve_app.engine.protocol import GenerationRequest
 from serve_app.engine.vllm.engine import VllmEngine
 from serve_app.engine.vllm.options import VllmSettings, base_options
-from serve_app.engine.vllm.plugin.settings import slot_rank
 from serve_app.placement import home_sizes
 
 
@@ -100,7 +100,7 @@ class EngineRow:
         if broken := {home: state for home, state in made.health().homes.items() if state != "ready"}:
             raise RuntimeError(f"{name}: not every home is served: {broken}")
         sizes = home_sizes(bundle.manifest, settings.dtype)
-        resident = await made.resident_bytes() if engine == "vllm" else sum(sizes[home] for home in homes)
+        resident = await made.resident_bytes() if engine == "vllm" and homes else sum(sizes[home] for home in homes)
         return cls(name, made, adapters, time.perf_counter() - began, resident)
 
     async def ask(self, question: Question, answer_tokens: int) -> AsyncIterator[int]:

@@ -36,7 +36,7 @@ class AdaptedLinears:
         dtype: torch.dtype,
     ) -> dict[str, ModuleWeights]:
         """The same weights on the model's device. Raises BundleError when they do not fit the model, or
-        have fewer than the ``num_slots`` cores that the serving map speaks of."""
+        have fewer than the ``num_slots`` slots that the serving map speaks of."""
         for name, module_weights in weights.items():
             self._check(home, name, module_weights, num_slots)
         return {name: module_weights.to(device, dtype) for name, module_weights in weights.items()}
@@ -68,7 +68,7 @@ class AdaptedLinears:
                 "serve the bundle on the base it was made for"
             )
         weights.check(home, name, linear.in_features, linear.out_features)
-        if weights.cores is not None and len(weights.cores) < num_slots:
+        if weights.num_slots < num_slots:
             raise BundleError(
-                f"home {home!r}: {len(weights.cores)} cores at module {name!r}, the serving map has {num_slots} slots"
+                f"home {home!r}: {weights.num_slots} slots at module {name!r}, the serving map has {num_slots}"
             )

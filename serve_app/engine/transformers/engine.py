@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from cluster.bundle.reading import HomeWeights
+from cluster.bundle.reading import LoadedHome
 from cluster.bundle.serving_map import ServingMap
 from cluster.errors import EngineStopped
+from serve_app.engine.home_states import HomeStates
 from serve_app.engine.prompt import PromptReader
 from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationRequest
 from serve_app.engine.transformers.adapted_linear import AdaptedLinears
@@ -31,7 +32,8 @@ class TransformersEngine:
     """Implements ``serve_app.engine.protocol.Engine``. It starts once; ``generate``, ``attach`` and
     ``detach`` may be called from any event loop.
 
-    ``load_home`` returns a home's verified weights on the CPU; it is called in a worker thread.
+    ``load_home`` returns a home's verified weights on the CPU, and which of its adapters failed; it is called in a
+    worker thread.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class TransformersEngine:
         base: Path,
         serving_map: ServingMap,
         homes: Sequence[str],
-        load_home: Callable[[str], HomeWeights],
+        load_home: Callable[[str], LoadedHome],
         settings: EngineSettings,
     ) -> None:
         self._base_path, self._serving_map, self._first_homes = base, serving_map, tuple(homes)
@@ -53,8 +55,8 @@ class TransformersEngine:
         base = await asyncio.to_thread(self._load_base)
         self._reader = PromptReader(base.tokenizer, base.vocab_size, self._settings.max_model_len)
         self._linears = AdaptedLinears(base.model)
-        base_name = self._serving_map.base_name
-        self._loop = EngineLoop(base, base_name, self._linears, self._first_homes, self._settings)
+        states = HomeStates(self._first_homes, self._serving_map)
+        self._loop = EngineLoop(base, self._serving_map.base_name, self._linears, states, self._settings)
         self._loop.start()
         for home in self._first_homes:
             try:
@@ -64,7 +66,7 @@ class TransformersEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         served = None if request.adapter is None else self._serving_map.find(request.adapter)
-        self._running().check_available(served.home if served else None)
+        self._running().check_available(served)
         template = served.chat_template if served else None
         prompt_ids, max_tokens = await self._reader.read_aside(request, template)
         event_loop, answers = asyncio.get_running_loop(), asyncio.Queue[Answer]()
@@ -93,11 +95,13 @@ class TransformersEngine:
         if not loop.begin_loading(home):
             return
         try:
-            weights = await asyncio.to_thread(self._load_weights, home)
+            loaded = await asyncio.to_thread(self._load, home)
         except Exception as error:
             loop.loading_failed(home, f"{type(error).__name__}: {error}")
             raise
-        await self._change(home, weights, meanwhile="loading")
+        for slot, why in loaded.failed.items():
+            logger.warning("slot %d of home %s is unavailable: %s", slot, home, why)
+        await self._change(home, loaded, meanwhile="loading")
 
     async def detach(self, home: str) -> None:
         await self._change(home, None, meanwhile="detached; requests already running on it finish first")
@@ -113,8 +117,8 @@ class TransformersEngine:
             await asyncio.to_thread(self._reader.close)
             await asyncio.to_thread(self._loop.join)
 
-    async def _change(self, home: str, weights: HomeWeights | None, meanwhile: str) -> None:
-        done = self._running().change(home, weights, meanwhile)
+    async def _change(self, home: str, loaded: LoadedHome | None, meanwhile: str) -> None:
+        done = self._running().change(home, loaded, meanwhile)
         # Shielded: cancelling the caller must not cancel a change that the engine's thread is about to make.
         await asyncio.shield(asyncio.wrap_future(done))
 
@@ -130,6 +134,7 @@ class TransformersEngine:
             torch.set_num_threads(self._settings.num_threads)
         return load_base(self._base_path, self._device, self._dtype, self._settings.max_model_len)
 
-    def _load_weights(self, home: str) -> HomeWeights:
-        weights = self._load_home(home)
-        return self._linears.prepare(home, weights, self._num_slots[home], self._device, self._dtype)
+    def _load(self, home: str) -> LoadedHome:
+        loaded = self._load_home(home)
+        weights = self._linears.prepare(home, loaded.weights, self._num_slots[home], self._device, self._dtype)
+        return LoadedHome(weights, loaded.failed)

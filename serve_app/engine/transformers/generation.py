@@ -27,6 +27,7 @@ class Generation:
         deliver: Callable[[Answer], None],
     ) -> None:
         self.request = request
+        self.served = served
         self.home = served.home if served else None
         self.slot = served.slot if served else 0
         self.prompt_ids = prompt_ids

@@ -11,15 +11,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cluster.bundle.reading import HomeWeights
-from cluster.errors import EngineStopped, HomeUnavailable, ServeError
+from cluster.bundle.reading import LoadedHome
+from cluster.bundle.serving_map import ServedAdapter
+from cluster.errors import EngineStopped, ServeError
+from serve_app.engine.home_states import READY, HomeStates
 from serve_app.engine.protocol import EngineHealth
 from serve_app.engine.transformers.adapted_linear import AdaptedLinears
 from serve_app.engine.transformers.base_model import BaseModel
@@ -37,18 +39,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _HomeChange:
-    """Between two steps: make ``weights`` resident or, where they are None, forget the home."""
+    """Between two steps: make ``loaded`` resident or, where it is None, forget the home."""
 
     home: str
-    weights: HomeWeights | None
+    loaded: LoadedHome | None
     done: Future[None]
 
 
 class EngineLoop:
-    """``homes`` and their states are shared with the outside, as all that ``_news`` guards; the model is not."""
+    """``states`` are shared with the outside, as all that ``_news`` guards; the model is not."""
 
     def __init__(
-        self, base: BaseModel, base_name: str, linears: AdaptedLinears, homes: Sequence[str], settings: EngineSettings
+        self, base: BaseModel, base_name: str, linears: AdaptedLinears, states: HomeStates, settings: EngineSettings
     ) -> None:
         self._base_name, self._linears, self._settings = base_name, linears, settings
         device = torch.device(settings.device)
@@ -59,7 +61,7 @@ class EngineLoop:
 
         # All below is shared between threads and guarded by _news, which is never held during a forward pass.
         self._news = threading.Condition()
-        self._homes = dict.fromkeys(homes, "not loaded yet")
+        self._states = states
         self._waiting: deque[Generation] = deque()
         self._in_flight: Counter[str | None] = Counter()  # home -> requests waiting or running
         self._changes: list[_HomeChange] = []
@@ -74,36 +76,36 @@ class EngineLoop:
     def submit(self, generation: Generation) -> None:
         """It waits until a step admits it. Raises EngineStopped, HomeUnavailable."""
         with self._news:
-            self._check_available(generation.home)
+            self._check_available(generation.served)
             self._waiting.append(generation)
             self._in_flight[generation.home] += 1
             self._news.notify()
 
-    def check_available(self, home: str | None) -> None:
-        """Raises EngineStopped, and HomeUnavailable where ``home`` (None: the base) cannot be asked."""
+    def check_available(self, served: ServedAdapter | None) -> None:
+        """Raises EngineStopped, and HomeUnavailable where the adapter (None: the base) cannot be asked."""
         with self._news:
-            self._check_available(home)
+            self._check_available(served)
 
     def begin_loading(self, home: str) -> bool:
         """False where it is resident already. Raises EngineStopped."""
         with self._news:
             self._check_alive()
-            if self._homes.get(home) == "ready":
+            if self._states.homes.get(home) == READY:
                 return False
-            self._homes[home] = "loading"
+            self._states.set(home, "loading")
             return True
 
     def loading_failed(self, home: str, reason: str) -> None:
         with self._news:
-            self._homes[home] = reason
+            self._states.set(home, reason)
 
-    def change(self, home: str, weights: HomeWeights | None, meanwhile: str) -> Future[None]:
-        """Between two steps: make ``weights`` resident, or forget the home where they are None, once nobody runs on it.
+    def change(self, home: str, loaded: LoadedHome | None, meanwhile: str) -> Future[None]:
+        """Between two steps: make ``loaded`` resident, or forget the home where it is None, once nobody runs on it.
         Its state is ``meanwhile`` until then. Raises EngineStopped."""
-        change = _HomeChange(home, weights, Future())
+        change = _HomeChange(home, loaded, Future())
         with self._news:
             self._check_alive()
-            self._homes[home] = meanwhile
+            self._states.set(home, meanwhile)
             self._changes.append(change)
             self._news.notify()
         return change.done
@@ -113,7 +115,8 @@ class EngineLoop:
             num_waiting = len(self._waiting)
             return EngineHealth(
                 alive=self._end is None,
-                homes=dict(self._homes),
+                homes=dict(self._states.homes),
+                adapters=dict(self._states.adapters),
                 num_running=self._in_flight.total() - num_waiting,
                 num_waiting=num_waiting,
             )
@@ -133,11 +136,9 @@ class EngineLoop:
         if self._end is not None:
             raise EngineStopped(f"the engine is not running: {self._end}")
 
-    def _check_available(self, home: str | None) -> None:
+    def _check_available(self, served: ServedAdapter | None) -> None:
         self._check_alive()
-        state = "ready" if home is None else self._homes.get(home, "not given to this engine")
-        if state != "ready":
-            raise HomeUnavailable(f"home {home!r} is not being served: {state}")
+        self._states.check(served)
 
     # Called from the engine's thread.
 
@@ -166,16 +167,16 @@ class EngineLoop:
         """Changes of a home stay in order; one that forgets it waits until nobody runs on it."""
         kept: list[_HomeChange] = []
         for change in self._changes:
-            busy = change.weights is None and self._in_flight[change.home] > 0
+            busy = change.loaded is None and self._in_flight[change.home] > 0
             if busy or any(earlier.home == change.home for earlier in kept):
                 kept.append(change)
                 continue
-            if change.weights is None:
+            if change.loaded is None:
                 self._linears.remove(change.home)
-                self._homes[change.home] = "detached"
+                self._states.set(change.home, "detached")
             else:
-                self._linears.add(change.home, change.weights)
-                self._homes[change.home] = "ready"
+                self._linears.add(change.home, change.loaded.weights)
+                self._states.set(change.home, READY, change.loaded.failed)
             change.done.set_result(None)
         self._changes = kept
 

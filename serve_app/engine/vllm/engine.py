@@ -17,14 +17,18 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from cluster.bundle.reading import HomeWeights
+from cluster.bundle.reading import HomeWeights, LoadedHome
 from cluster.bundle.serving_map import ServedAdapter, ServingMap
-from cluster.errors import BaseModelError, BundleError, ConfigError, EngineStopped, HomeUnavailable, RequestError
+from cluster.errors import BaseModelError, BundleError, ConfigError, EngineStopped, RequestError
+from cluster.layer import ModuleWeights
+from serve_app.engine.home_states import READY, HomeStates
 from serve_app.engine.prompt import PromptReader
 from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationRequest
 from serve_app.engine.vllm.options import VllmSettings, base_options, home_options
@@ -38,7 +42,8 @@ logger = logging.getLogger(__name__)
 class VllmEngine:
     """Implements ``serve_app.engine.protocol.Engine``. It starts once and belongs to one event loop.
 
-    ``load_home`` returns a home's verified weights on the CPU; it is called in a worker thread.
+    ``load_home`` returns a home's verified weights on the CPU, and which of its adapters failed; it is called in a
+    worker thread.
     """
 
     def __init__(
@@ -46,7 +51,7 @@ class VllmEngine:
         base: Path,
         serving_map: ServingMap,
         homes: Sequence[str],
-        load_home: Callable[[str], HomeWeights],
+        load_home: Callable[[str], LoadedHome],
         settings: VllmSettings,
     ) -> None:
         self._base_path, self._serving_map, self._first_homes = base, serving_map, tuple(homes)
@@ -54,7 +59,7 @@ class VllmEngine:
         # vLLM knows LoRAs by a positive number; what a number stands for is in the request itself.
         self._ids = {adapter: number for number, adapter in enumerate(sorted(serving_map.adapters), start=1)}
         self._num_slots = serving_map.num_slots()
-        self._homes = dict.fromkeys(homes, "not loaded yet")
+        self._states = HomeStates(homes, serving_map)
         self._in_flight: Counter[str | None] = Counter()
         self._left = asyncio.Condition()
         self._request_numbers = itertools.count()
@@ -77,19 +82,19 @@ class VllmEngine:
         vocab_size = self._llm.model_config.get_vocab_size()
         self._reader = PromptReader(tokenizer, vocab_size, self._settings.max_model_len)
         self._end = None
-        for home, weights in loaded.items():
+        for home, own in loaded.items():
             try:
-                await self._hand_over(home, weights)
+                await self._hand_over(home, own)
             except Exception as error:
                 logger.warning("home %s is unavailable: %s", home, error)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         served = None if request.adapter is None else self._serving_map.find(request.adapter)
         home = served.home if served else None
-        self._check_available(home)
+        self._check_available(served)
         template = served.chat_template if served else None
         prompt_ids, max_tokens = await self._reader.read_aside(request, template)
-        self._check_available(home)
+        self._check_available(served)
         self._in_flight[home] += 1
         # A number of our own before the client's: two clients may use the same id.
         request_id = f"{next(self._request_numbers)}-{request.request_id}"
@@ -119,24 +124,26 @@ class VllmEngine:
 
     async def attach(self, home: str) -> None:
         self._check_alive()
-        if self._homes.get(home) == "ready":
+        if self._states.homes.get(home) == READY:
             return
-        self._homes[home] = "loading"
+        self._states.set(home, "loading")
         await self._hand_over(home, await asyncio.to_thread(self._load_checked, home))
 
     async def detach(self, home: str) -> None:
         self._check_alive()
-        self._homes[home] = "detached; requests already running on it finish first"
+        self._states.set(home, "detached; requests already running on it finish first")
         async with self._left:
             # A request of a home that is gone would end vLLM's process at its next step.
             await self._left.wait_for(lambda: self._in_flight[home] == 0)
         await self._llm.collective_rpc("detach_home", args=(home,))
-        self._homes[home] = "detached"
+        self._states.set(home, "detached")
 
     def health(self) -> EngineHealth:
         alive = self._end is None and not self._llm.errored
         running = min(self._in_flight.total(), self._settings.max_batch)
-        return EngineHealth(alive, dict(self._homes), running, self._in_flight.total() - running)
+        return EngineHealth(
+            alive, dict(self._states.homes), dict(self._states.adapters), running, self._in_flight.total() - running
+        )
 
     async def stop(self) -> None:
         """Requests still running or waiting get EngineStopped."""
@@ -151,7 +158,7 @@ class VllmEngine:
 
     # Homes.
 
-    def _load_first_homes(self) -> dict[str, HomeWeights]:
+    def _load_first_homes(self) -> dict[str, LoadedHome]:
         loaded = {}
         for home in self._first_homes:
             try:
@@ -160,33 +167,33 @@ class VllmEngine:
                 logger.warning("home %s is unavailable: %s", home, error)
         return loaded
 
-    def _load_checked(self, home: str) -> HomeWeights:
+    def _load_checked(self, home: str) -> LoadedHome:
         try:
-            weights = self._load_home(home)
-            for module, own in weights.items():
-                _check_weights(home, module, own, self._num_slots[home])
+            loaded = _checked(home, self._load_home(home), self._serving_map.members(home))
         except Exception as error:
-            self._homes[home] = f"{type(error).__name__}: {error}"
+            self._states.set(home, f"{type(error).__name__}: {error}")
             raise
-        return weights
+        for slot, why in loaded.failed.items():
+            logger.warning("slot %d of home %s is unavailable: %s", slot, home, why)
+        return loaded
 
-    async def _hand_over(self, home: str, weights: HomeWeights) -> None:
+    async def _hand_over(self, home: str, loaded: LoadedHome) -> None:
         """Into every worker. Raises what went wrong, with the same words in ``health``."""
         try:
             with tempfile.TemporaryDirectory(prefix="cts-home-") as folder:
-                await asyncio.to_thread(write_home, Path(folder), weights)
+                await asyncio.to_thread(write_home, Path(folder), loaded.weights)
                 answers = await self._llm.collective_rpc("attach_home", args=(home, folder))
             if failures := [answer for answer in answers if answer is not None]:
                 await self._llm.collective_rpc("detach_home", args=(home,))
                 raise BundleError(failures[0])
         except Exception as error:
-            self._homes[home] = f"{type(error).__name__}: {error}"
+            self._states.set(home, f"{type(error).__name__}: {error}")
             raise
-        self._homes[home] = "ready"
+        self._states.set(home, READY, loaded.failed)
 
     # vLLM.
 
-    def _make_llm(self, loaded: Mapping[str, HomeWeights]) -> tuple[Any, Any]:
+    def _make_llm(self, loaded: Mapping[str, LoadedHome]) -> tuple[Any, Any]:
         settings = self._settings
         shared = base_options(self._base_path, settings)
         parent.announce()
@@ -196,7 +203,8 @@ class VllmEngine:
 
         if not self._base_path.is_dir():
             raise BaseModelError(f"base model {self._base_path}: no such folder; expected one that transformers loads")
-        options = home_options(loaded, self._first_homes, self._num_slots, settings) if loaded else {}
+        weights = {home: own.weights for home, own in loaded.items()}
+        options = home_options(weights, self._first_homes, self._num_slots, settings) if weights else {}
         tokenizer = AutoTokenizer.from_pretrained(self._base_path, local_files_only=True, trust_remote_code=False)
         args = AsyncEngineArgs(**shared, **options)
         return AsyncLLM.from_engine_args(args), tokenizer
@@ -237,11 +245,9 @@ class VllmEngine:
         if self._end is not None:
             raise EngineStopped(f"the engine is not running: {self._end}")
 
-    def _check_available(self, home: str | None) -> None:
+    def _check_available(self, served: ServedAdapter | None) -> None:
         self._check_alive()
-        state = "ready" if home is None else self._homes.get(home, "not given to this engine")
-        if state != "ready":
-            raise HomeUnavailable(f"home {home!r} is not being served: {state}")
+        self._states.check(served)
 
     def _translated(self, error: Exception) -> Exception:
         if isinstance(error, EngineStopped):
@@ -253,12 +259,38 @@ class VllmEngine:
         return EngineStopped(f"vLLM: {type(error).__name__}: {error}")
 
 
-def _check_weights(home: str, module: str, own: Any, num_slots: int) -> None:
-    if own.cores is not None and own.cores.shape[0] < num_slots:
-        raise BundleError(
-            f"home {home!r}: {own.cores.shape[0]} cores at module {module!r}, the serving map has {num_slots} slots"
-        )
-    for part, tensor in (("U", own.U), ("V", own.V), ("cores", own.cores)):
-        if tensor is not None and not torch.isfinite(tensor).all():
-            # vLLM samples from whatever comes out; nothing behind this check would notice.
-            raise BundleError(f"home {home!r}: {part} of module {module!r} is not finite; compress it anew")
+def _checked(home: str, loaded: LoadedHome, members: Mapping[int, str]) -> LoadedHome:
+    """The same, without the adapters of a stack that are not finite. ``members`` are its slots in the serving map.
+    Raises BundleError.
+
+    vLLM samples from whatever comes out; nothing behind this check would notice.
+    """
+    weights: HomeWeights = {}
+    failed, num_slots = dict(loaded.failed), max(members, default=-1) + 1
+    for module, own in loaded.weights.items():
+        if own.num_slots < num_slots:
+            raise BundleError(
+                f"home {home!r}: {own.num_slots} slots at module {module!r}, the serving map has {num_slots}"
+            )
+        weights[module] = own
+        for part, tensor in (("U", own.U), ("V", own.V), ("cores", own.cores)):
+            # A sum is not finite if a number in it is not, and takes a tenth of the time of a look at each.
+            if tensor is None or tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all():
+                continue
+            told = f"{part} of module {module!r} is not finite; compress it anew"
+            if own.rows is None:
+                raise BundleError(f"home {home!r}: {told}")
+            finite = torch.isfinite(tensor).flatten(1).all(dim=1)
+            weights[module], slots = _without(weights[module], ~finite)
+            failed |= dict.fromkeys(slots, f"BundleError: {told}")
+    if failed.keys() >= members.keys() and failed:
+        raise BundleError(f"home {home!r}: {next(iter(failed.values())).partition(': ')[2]}")
+    return LoadedHome(weights, failed)
+
+
+def _without(stack: ModuleWeights, rows: Tensor) -> tuple[ModuleWeights, list[int]]:
+    """The stack with none of the slots that stand on ``rows`` (m,) bool, and those slots."""
+    assert stack.rows is not None
+    gone = rows[stack.rows]
+    kept = torch.where(gone, len(stack.U) - 1, stack.rows)
+    return replace(stack, rows=kept), gone.nonzero()[:, 0].tolist()

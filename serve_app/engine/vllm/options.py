@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.bundle.reading import HomeWeights
+from cluster.bundle.serving_map import factors_rank
 from cluster.errors import ConfigError
-from serve_app.engine.vllm.plugin.settings import PluginSettings, Products, slot_rank
+from serve_app.engine.vllm.plugin.settings import PluginSettings, Products, padded_rank
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,8 @@ def home_options(
         "enable_lora": True,
         # Of distinct adapters in a batch, which is no limit of ours.
         "max_loras": settings.max_batch,
-        # vLLM starts only where its cache has room for all LoRA slots, of which we make our own number.
-        "max_cpu_loras": max(settings.max_batch, plugin.num_factor_slots + 1),
-        "max_lora_rank": slot_rank(_largest_rank(loaded, "factors:")),
+        # The least of vLLM's: its own slots hold nothing.
+        "max_lora_rank": 8,
         "lora_target_modules": sorted({name.rpartition(".")[2] for own in loaded.values() for name in own}),
         "additional_config": plugin.to_config(),
         "worker_extension_cls": "serve_app.engine.vllm.plugin.worker.HomeWorker",
@@ -98,21 +99,22 @@ def _plugin_settings(
     by_device: Products = "static"
     if settings.device == "cpu":
         by_device = "numba" if settings.dtype == "float32" else "grouped"
+    products = settings.products or by_device
+    factor_slots: Counter[int] = Counter()
+    for home in homes:
+        if (rank := factors_rank(home)) is not None:
+            factor_slots[padded_rank(rank, products)] += num_slots[home]
+    ranks = [
+        max(own.U.shape[1], own.V.shape[1])
+        for weights in loaded.values()
+        for own in weights.values()
+        if own.cores is not None
+    ]
     return PluginSettings(
         num_clusters=len(clusters),
         slots_per_cluster=max((num_slots[home] for home in clusters), default=0),
-        rank=_largest_rank(loaded, "cluster:"),
-        num_factor_slots=len(homes) - len(clusters),
-        is_diagonal=diagonal == {True},
-        products=settings.products or by_device,
+        rank=max(ranks, default=1),
+        factor_slots=tuple(sorted(factor_slots.items())),
+        is_diagonal=False not in diagonal,
+        products=products,
     )
-
-
-def _largest_rank(loaded: Mapping[str, HomeWeights], kind: str) -> int:
-    ranks = [
-        max(own.U.shape[1], own.V.shape[1])
-        for home, weights in loaded.items()
-        if home.startswith(kind)
-        for own in weights.values()
-    ]
-    return max(ranks, default=1)

@@ -38,6 +38,7 @@ from tests.support.seaweed import S3Server
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 SHAPES = {Q: ModuleShape(12, 8), V: ModuleShape(6, 8)}
 R, SLOTS, RANK = 4, 2, 3
+ODD = f"factors:{RANK}.0"
 Tensors = dict[str, Tensor]
 
 
@@ -73,7 +74,7 @@ def store_objects(store: Store, tensors: dict[str, Tensors]) -> Manifest:
         adapters={
             "one": adapter("core", basis, cores, "0", cluster="0", slot=0),
             "two": adapter("core", basis, cores, "1", cluster="0", slot=1),
-            "odd": adapter("raw", factors, factors=factors, rank=RANK),
+            "odd": adapter("raw", factors, factors=factors, rank=RANK, slot=0),
         },
         refused={"bad": Refused("dora", "no")},
         objects={held.sha: held.size_bytes for held in stored.values()},
@@ -114,7 +115,7 @@ def test_a_published_bundle_is_read_back_exactly(out: str) -> None:
     assert bundle.manifest == manifest
     assert bundle.address == f"{store.uri}/bundles/{manifest.bundle}"
     tensors = tensors_of()
-    cluster, factors = bundle.load_home("cluster:0"), bundle.load_home("factors:odd")
+    cluster, factors = bundle.load_home("cluster:0").weights, bundle.load_home(ODD).weights
     assert cluster.keys() == factors.keys() == SHAPES.keys()
     for name in SHAPES:
         assert torch.equal(cluster[name].U, tensors["basis"][f"{name}.U"])
@@ -122,23 +123,98 @@ def test_a_published_bundle_is_read_back_exactly(out: str) -> None:
         assert torch.equal(cluster[name].cores, tensors["cores"][name])  # type: ignore[arg-type]
         assert factors[name].cores is None
         # U V^T = B A
-        assert torch.equal(factors[name].U, tensors["factors"][f"{name}.B"])
-        assert torch.equal(factors[name].V, tensors["factors"][f"{name}.A"].T)
+        assert factors[name].rows.tolist() == [0]  # type: ignore[union-attr]
+        assert torch.equal(factors[name].U[0], tensors["factors"][f"{name}.B"])
+        assert torch.equal(factors[name].V[0], tensors["factors"][f"{name}.A"].T)
     keys = [entry.key for entry in store.list()]
     revision = f"bundles/{manifest.bundle}/revisions/0"
     assert set(keys) == {
         "CURRENT", f"{revision}/manifest.json", f"{revision}/report.json", *map(object_key, manifest.objects)
     }  # fmt: skip
-    assert bundle.home_bytes("cluster:0") + bundle.home_bytes("factors:odd") == sum(
+    assert bundle.home_bytes("cluster:0") + bundle.home_bytes(ODD) == sum(
         store.head(object_key(sha)).size_bytes for sha in manifest.objects
     )
+
+
+def stack_of(store: Store, held: dict[str, Tensors]) -> Bundle:
+    """Published, with an adapter for each of ``held``, in its order the slots 0, 2, 4, ..., all in one home."""
+    manifest = store_objects(store, tensors_of())
+    adapters, objects = {}, dict(manifest.objects)
+    for number, (name, tensors) in enumerate(held.items()):
+        stored = put_object(store, tensors)
+        objects[stored.sha] = stored.size_bytes
+        adapters[name] = replace(manifest.adapters["odd"], factors=stored.sha, rank=RANK, slot=2 * number)
+    publish(store, replace(manifest, adapters=adapters, objects=objects).with_own_id(), b"{}", None)
+    return Bundle.open(store.uri)
+
+
+def factors_of(seed: int, *modules: str, rank: int = RANK, dtype: torch.dtype = torch.float32) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for module in modules:
+        A = torch.randn(rank, SHAPES[module].d_in, generator=generator)
+        tensors |= {f"{module}.A": A.to(dtype), f"{module}.B": torch.randn(SHAPES[module].d_out, rank).to(dtype)}
+    return tensors
+
+
+def test_adapters_that_differ_in_modules_rank_and_dtype_are_read_into_one_stack(local: Store) -> None:
+    held = {
+        "whole": factors_of(0, Q, V),
+        "smaller": factors_of(1, Q, V, rank=1),
+        "same": factors_of(2, Q, V),
+        "one-module": factors_of(3, V),
+        "rounded": factors_of(4, Q, V, dtype=torch.bfloat16),
+    }
+    bundle = stack_of(local, held)
+    loaded = bundle.load_home(ODD)
+    assert not loaded.failed
+    for slot, tensors in zip(range(0, 10, 2), held.values(), strict=True):
+        for module in SHAPES:
+            own = loaded.weights[module]
+            assert own.rows is not None
+            row = int(own.rows[slot])
+            seen = own.U[row] @ own.V[row].T
+            wanted = torch.zeros_like(seen)
+            if f"{module}.A" in tensors:
+                wanted = tensors[f"{module}.B"].float() @ tensors[f"{module}.A"].float()
+            torch.testing.assert_close(seen, wanted)
+    for slot in (1, 3, 5, 7):
+        assert not loaded.weights[Q].U[loaded.weights[Q].rows[slot]].any(), "nobody's slot is zero"  # type: ignore[index]
+    for adapter_id, tensors in held.items():
+        own_factors = bundle.load_factors(adapter_id)
+        assert {f"{m}.{n}": t for m, pair in own_factors.items() for n, t in zip("AB", pair, strict=True)}.keys() == (
+            tensors.keys()
+        )
+        assert all(torch.equal(A, tensors[f"{module}.A"]) for module, (A, _) in own_factors.items())
+
+
+def test_an_adapter_that_cannot_be_read_takes_no_other_of_its_home_with_it(local: Store) -> None:
+    held = {name: factors_of(seed, Q, V) for seed, name in enumerate(("good", "corrupt", "gone", "fine"))}
+    held["misfit"] = factors_of(9, Q, V) | {f"{Q}.A": torch.ones(RANK, 9)}
+    held["misfit-too"] = {name: 2 * tensor for name, tensor in held["misfit"].items()}
+    bundle = stack_of(local, held)
+    adapters = bundle.manifest.adapters
+    key = object_key(str(adapters["corrupt"].factors))
+    local.write(key, local.read(key).data[:-1] + b"x")
+    local.delete(object_key(str(adapters["gone"].factors)))
+    loaded = bundle.load_home(ODD)
+    assert loaded.failed.keys() == {2, 4, 8, 10}
+    assert loaded.failed[2].startswith("BundleError: adapter corrupt of")
+    assert "is corrupt" in loaded.failed[2]
+    assert loaded.failed[4].startswith("StoreMissing: ")
+    for slot, name in ((8, "misfit"), (10, "misfit-too")):
+        assert f"adapter {name} of {bundle.address}: tensor {Q}.A" in loaded.failed[slot]
+    for slot, name in ((0, "good"), (6, "fine")):
+        for module, own in loaded.weights.items():
+            row = own.rows[slot]  # type: ignore[index]
+            assert torch.equal(own.U[row], held[name][f"{module}.B"])
 
 
 def test_diagonal_cores_are_read_back(local: Store) -> None:
     tensors = tensors_of()
     tensors["cores"] = {name: torch.ones(SLOTS, R) * 2 for name in SHAPES}
     publish(local, store_objects(local, tensors), b"{}", None)
-    assert torch.equal(Bundle.open(local.uri).load_home("cluster:0")[Q].cores, tensors["cores"][Q])  # type: ignore[arg-type]
+    assert torch.equal(Bundle.open(local.uri).load_home("cluster:0").weights[Q].cores, tensors["cores"][Q])  # type: ignore[arg-type]
 
 
 def test_publishing_the_same_again_writes_no_second_revision(local: Store) -> None:
@@ -204,7 +280,7 @@ def test_a_bucket_that_is_not_there_is_told_from_one_without_a_bundle(s3_bucket:
 def test_an_unknown_home_is_refused_by_name(local: Store) -> None:
     publish_new(local)
     bundle = Bundle.open(local.uri)
-    for home in ("cluster:1", "cluster:", "factors:one", "factors:nobody", "odd", "", "other:0"):
+    for home in ("cluster:1", "cluster:", "factors:3.1", "factors:2.0", "factors:odd", "odd", "", "other:0"):
         with pytest.raises(BundleError, match=f"no home {home!r} in revision 0"):
             bundle.load_home(home)
 
@@ -221,10 +297,10 @@ def test_a_corrupt_byte_is_found_and_only_its_home_suffers(local: Store, held: s
     data[position] ^= 1
     local.write(object_key(sha), bytes(data))
     bundle = Bundle.open(local.uri)
-    bad, good = ("factors:odd", "cluster:0") if held == "factors" else ("cluster:0", "factors:odd")
+    bad, good = (ODD, "cluster:0") if held == "factors" else ("cluster:0", ODD)
     with pytest.raises(BundleError, match=r"objects/[0-9a-f]{64}\.safetensors is corrupt.*run the compression job"):
         bundle.load_home(bad)
-    assert bundle.load_home(good).keys() == SHAPES.keys()
+    assert bundle.load_home(good).weights.keys() == SHAPES.keys()
 
 
 def test_an_object_cut_short_or_gone_is_named(local: Store) -> None:
@@ -286,14 +362,14 @@ def test_tensors_that_do_not_fit_the_manifest_are_refused_by_name(
     tensors = tensors_of()
     edit(tensors[held])
     publish(local, store_objects(local, tensors), b"{}", None)
-    where, home = ("adapter odd of", "factors:odd") if held == "factors" else ("cluster 0 of", "cluster:0")
+    where, home = ("adapter odd of", ODD) if held == "factors" else ("cluster 0 of", "cluster:0")
     with pytest.raises(BundleError) as caught:
         Bundle.open(local.uri).load_home(home)
     assert str(caught.value).startswith(where)
     assert seen in str(caught.value)
 
 
-@pytest.mark.parametrize("home", ["cluster:0", "factors:odd"])
+@pytest.mark.parametrize("home", ["cluster:0", ODD])
 def test_tensors_of_a_module_that_is_not_listed_are_refused(local: Store, home: str) -> None:
     manifest = replace(store_objects(local, tensors_of()), modules={Q: SHAPES[Q]}).with_own_id()
     publish(local, manifest, b"{}", None)

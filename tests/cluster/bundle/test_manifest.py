@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest, Method, Refused, served_revision
+from cluster.bundle.manifest import Adapter, Base, Cluster, Manifest, Method, Refused, served_revision, with_slots
 from cluster.bundle.parsing import parse_manifest
+from cluster.bundle.serving_map import ServingMap, factors_home, factors_rank
 from cluster.errors import BundleError
 from cluster.hashing import canonical_json
 from cluster.layer import ModuleShape
@@ -47,6 +48,7 @@ MANIFEST = Manifest(
             **(ERRORS | {"error": 0.0}),
             factors=FACTORS,
             rank=8,
+            slot=0,
         ),
     },
     refused={"bad-one": Refused("dora", "use_dora = True is not supported")},
@@ -97,7 +99,7 @@ def test_the_document_has_the_agreed_layout() -> None:
     assert DOCUMENT["objects"][BASIS] == {"size_bytes": 100}
     assert DOCUMENT["parent"] is None
     assert "factors" not in DOCUMENT["adapters"]["number-en"]
-    assert not {"cluster", "slot"} & set(DOCUMENT["adapters"]["odd-one"])
+    assert "cluster" not in DOCUMENT["adapters"]["odd-one"]
 
 
 def test_bytes_do_not_depend_on_the_order_things_were_added_in() -> None:
@@ -250,7 +252,7 @@ NOWHERE = "sha256:" + "d" * 64
         (("adapters", "number-en", "factors"), FACTORS, "number-en is of mode core"),
         (("adapters", "odd-one", "factors"), NOWHERE, f"odd-one is of mode raw with factors '{NOWHERE}'"),
         (("adapters", "odd-one", "cluster"), "0", "odd-one is of mode raw"),
-        (("adapters", "odd-one", "slot"), 1, "odd-one is of mode raw"),
+        (("adapters", "odd-one", "slot"), -1, "odd-one has slot -1"),
         (("adapters", "odd-one", "rank"), None, "odd-one has rank None"),
         (("adapters", "odd-one", "rank"), 0, "odd-one has rank 0"),
         (("adapters", "number-en", "rank"), 4, "number-en is of mode core"),
@@ -258,6 +260,52 @@ NOWHERE = "sha256:" + "d" * 64
 )
 def test_a_reference_that_leads_nowhere_is_refused_by_name(path: Path, value: object, seen: str) -> None:
     assert seen in refusal(edited(path, lambda parent, key: parent.update({key: value})))
+
+
+def alone(rank: int, slot: int | None = None) -> Adapter:
+    served = served_revision("truncated", FACTORS)
+    return Adapter("sha256:v", "e", "truncated", served, **ERRORS, factors=FACTORS, rank=rank, slot=slot)
+
+
+def test_who_stands_alone_takes_the_lowest_slot_of_its_rank_that_is_free_and_keeps_it() -> None:
+    adapters = {"e": alone(2), "d": alone(2, 1), "c": alone(3), "b": alone(2), "a": alone(2, 4), "on": core(1)}
+    given = with_slots(adapters)
+    assert {name: adapter.slot for name, adapter in given.items()} == {"a": 4, "b": 0, "c": 0, "d": 1, "e": 2, "on": 1}
+    assert list(given) == list(adapters)
+    assert with_slots(given) == given
+    del given["d"]  # its slot is the next one's, nobody else moves
+    assert with_slots(given | {"f": alone(2)}) == given | {"f": alone(2, 1)}
+
+
+def test_a_manifest_written_without_slots_gets_them_in_the_order_of_ids() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    del document["adapters"]["odd-one"]["slot"]
+    document["adapters"]["an-odd-one"] = document["adapters"]["odd-one"]
+    parsed = parse_manifest(json.dumps(document).encode(), "here")
+    assert (parsed.adapters["an-odd-one"].slot, parsed.adapters["odd-one"].slot) == (0, 1)
+    assert parse_manifest(parsed.to_json(), "again") == parsed
+
+
+def test_two_that_stand_alone_do_not_share_a_slot() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    document["adapters"]["another"] = document["adapters"]["odd-one"]
+    message = refusal(json.dumps(document).encode())
+    assert "shares slot 0 of rank 8 with another" in message
+
+
+def test_a_home_of_factors_holds_so_many_ranks_and_no_more() -> None:
+    """The next slots are in the next home: placement can spread them."""
+    slots = {"first": 0, "last": 255, "next": 256}
+    served = ServingMap.of(replace(MANIFEST, adapters={name: alone(2, slot) for name, slot in slots.items()}))
+    assert {name: (own.home, own.slot) for name, own in served.adapters.items()} == {
+        "first": ("factors:2.0", 0), "last": ("factors:2.0", 255), "next": ("factors:2.1", 0)
+    }  # fmt: skip
+    assert served.num_slots() == {"factors:2.0": 256, "factors:2.1": 1}
+    assert served.members("factors:2.0") == {0: "first", 255: "last"}
+    assert [factors_home(rank, 7) for rank in (64, 512, 2000)] == [
+        ("factors:64.0", 7), ("factors:512.7", 0), ("factors:2000.7", 0)
+    ]  # fmt: skip
+    assert [factors_rank(home) for home in ("factors:64.3", "cluster:2")] == [64, None]
 
 
 # --- Fuzz ---------------------------------------------------------------------------------------------------
@@ -283,6 +331,7 @@ def valid_or_refused(data: bytes) -> None:
             assert 0 <= (adapter.slot or 0) < manifest.clusters[str(adapter.cluster)].num_slots
         else:
             assert adapter.factors in manifest.objects
+            assert adapter.slot is not None
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)

@@ -441,7 +441,7 @@ class Lineage(RuleBasedStateMachine):
         if self.place.served():
             bundle = Bundle.open(str(self.place.out))
             for home in bundle.serving_map.homes():
-                bundle.load_home(home)
+                assert not bundle.load_home(home).failed
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.engines import PROMPTS
+from tests.support.engines import CUT, PROMPTS, write_cut
 
 
 @pytest.fixture(scope="module")
@@ -19,17 +19,23 @@ def tokenizer(base_path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def oracle(base_path: Path, zoo_path: Path, tokenizer: Any) -> dict[str | None, list[int]]:
-    """Adapter -> the 32 tokens that PEFT generates greedily after its prompt (the base's own under None)."""
+def oracle(
+    base_path: Path, zoo_path: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str | None, list[int]]:
+    """Adapter -> the 24 tokens that PEFT generates greedily after its prompt (the base's own under None)."""
     base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32)
-    names = [name for name in PROMPTS if name is not None]
-    model = PeftModel.from_pretrained(base, zoo_path / names[0], adapter_name=names[0])
+    folders = {name: zoo_path / name for name in PROMPTS if name is not None}
+    for name, rank in CUT.items():
+        folders[name] = tmp_path_factory.mktemp("cut") / name
+        write_cut(zoo_path / name, rank, folders[name])
+    names = list(folders)
+    model = PeftModel.from_pretrained(base, folders[names[0]], adapter_name=names[0])
     for name in names[1:]:
-        model.load_adapter(zoo_path / name, adapter_name=name)
+        model.load_adapter(folders[name], adapter_name=name)
 
     def greedy(prompt: str) -> list[int]:
         inputs = tokenizer(prompt, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         return output[0, inputs["input_ids"].shape[1] :].tolist()
 
     tokens: dict[str | None, list[int]] = {}

@@ -90,7 +90,7 @@ def peft_answers(base_path: Path, folders: dict[str, Path]) -> list[list[int]]:
 
 
 def test_a_bundle_hands_out_diagonal_cores_as_vectors(bundle: Bundle) -> None:
-    for weights in bundle.load_home("cluster:0").values():
+    for weights in bundle.load_home("cluster:0").weights.values():
         assert weights.cores is not None
         assert weights.cores.shape == (2, 8 + 16)
         assert weights.U.shape[1] == weights.V.shape[1] == 8 + 16

@@ -28,7 +28,7 @@ def spec(tmp_path: Path, base_path: Path, zoo_path: Path) -> ReplicaSpec:
         bundle=f"{tmp_path}/out/bundles/{manifest.bundle}",
         revision=0,
         base=str(tmp_path / "no-base"),
-        homes=("factors:add",),
+        homes=("factors:8.0",),
         engine="transformers",
         device="cpu",
         dtype="float32",
@@ -43,7 +43,7 @@ def test_a_failed_start_is_told_by_status_and_by_every_request(spec: ReplicaSpec
         replica = await start(spec)
         status = await replica.status()
         assert not status.alive
-        assert "no-base" in status.homes["factors:add"]
+        assert "no-base" in status.homes["factors:8.0"]
         [answer] = [item async for item in replica.generate(GenerationRequest("id", "add", prompt="x"))]
         assert isinstance(answer, EngineStopped)
         assert "no-base" in str(answer)

@@ -2,6 +2,7 @@
 
 Shapes: T tokens, C basis positions, R the largest rank, n slices of a packed layer (q, k and v of one product: 3;
 else 1), S = C x slots_per_cluster + 1 cores, the last of them always zero. Smaller ranks are filled up with zeros.
+Truncated and raw adapters are in stacks of their own, a position each, without cores.
 """
 
 from __future__ import annotations
@@ -23,11 +24,17 @@ class BasisStack:
     """``V`` (C + 1, 1, n R, d_in) holds the slices' V^T on top of each other, so that all of a packed layer's are
     one product; ``U[i]`` (C + 1, 1, d_out_i, R); ``cores`` (S, n, R, R), or (S, n, R) where diagonal. The extra
     position C is always zero: vLLM's CPU kernels take index -1 for the last one. All are written in place, and stay
-    where they are.
+    where they are. Without ``has_cores`` the one core is the identity, and is multiplied where that costs nothing.
     """
 
     def __init__(
-        self, settings: PluginSettings, d_in: int, d_outs: Sequence[int], dtype: torch.dtype, device: torch.device
+        self,
+        settings: PluginSettings,
+        d_in: int,
+        d_outs: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        has_cores: bool = True,
     ) -> None:
         C, n, R = settings.num_clusters, len(d_outs), settings.rank
         if settings.products == "numba":
@@ -35,9 +42,13 @@ class BasisStack:
 
             R = -(-R // UNROLLED) * UNROLLED
         self.settings, self.d_in, self.d_outs, self.num_slices, self.rank = settings, d_in, tuple(d_outs), n, R
+        self.has_cores = has_cores
         self.V = torch.zeros(C + 1, 1, n * R, d_in, dtype=dtype, device=device)
         core_shape = (R,) if settings.is_diagonal else (R, R)
-        self.cores = torch.zeros(C * settings.slots_per_cluster + 1, n, *core_shape, dtype=dtype, device=device)
+        num_cores = C * settings.slots_per_cluster if has_cores else 1
+        self.cores = torch.zeros(num_cores + 1, n, *core_shape, dtype=dtype, device=device)
+        if not has_cores:
+            self.cores[0] = torch.ones(R) if settings.is_diagonal else torch.eye(R)
         if settings.products == "numba":
             # The slices' U^T side by side: the kernel runs along the output's columns.
             U_T = torch.zeros(C + 1, R, sum(d_outs), dtype=dtype, device=device)
@@ -45,36 +56,46 @@ class BasisStack:
             ends = np.cumsum([0, *d_outs])
             self._arrays, self._add_tasks = (self.V.numpy(), U_T.numpy(), ends, self.cores.numpy()), add_tasks
             # Without a token: compiled now, seconds once a process, and not under the first request.
-            nobody = Tasks.make(np.zeros(C, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
-            self._add_numba(self.V.new_zeros(0, sum(d_outs)), self.V.new_zeros(0, d_in), nobody)
+            self._add_numba(self.V.new_zeros(0, sum(d_outs)), self.V.new_zeros(0, d_in), Tasks.none())
         else:
             self.U = tuple(torch.zeros(C + 1, 1, d_out, R, dtype=dtype, device=device) for d_out in d_outs)
             self._V_T = [self.V[position, 0].T for position in range(C)]
             self._U_T = [[U[position, 0].T for position in range(C)] for U in self.U]
 
     def put(self, position: int, slices: Sequence[ModuleWeights | None]) -> None:
-        """Write a cluster's weights, one entry a slice (None: that slice's module is not touched), or an adapter's own,
-        which have no cores: one core then, the identity."""
-        self.clear(position)
+        """Write a cluster's weights, one entry a slice (None: that slice's module is not touched)."""
+        self.clear([position])
         start = position * self.settings.slots_per_cluster
         for i, weights in enumerate(slices):
             if weights is None:
                 continue
-            r_U, r_V = weights.U.shape[1], weights.V.shape[1]
-            cores = weights.cores
-            if cores is None:
-                cores = torch.ones(1, r_U) if self.settings.is_diagonal else torch.eye(r_U)[None]
+            r_U, r_V, cores = weights.U.shape[1], weights.V.shape[1], weights.cores
+            assert cores is not None
             self.V[position, 0, i * self.rank : i * self.rank + r_V].copy_(weights.V.T)
             self.U[i][position, 0, :, :r_U].copy_(weights.U)
             own = self.cores[start : start + len(cores), i]
             (own[:, :r_U] if self.settings.is_diagonal else own[:, :r_U, :r_V]).copy_(cores)
 
-    def clear(self, position: int) -> None:
-        start = position * self.settings.slots_per_cluster
-        self.V[position].zero_()
-        self.cores[start : start + self.settings.slots_per_cluster].zero_()
-        for U in self.U:
-            U[position].zero_()
+    def put_factors(self, positions: Sequence[int], slices: Sequence[ModuleWeights | None]) -> None:
+        """Write a home of truncated and raw adapters: its slot s to ``positions[s]``, which must be clear."""
+        places = torch.tensor(positions, device=self.V.device)
+        for i, weights in enumerate(slices):
+            if weights is None:
+                continue
+            assert weights.rows is not None
+            r = weights.U.shape[2]
+            A, B = weights.V.mT.index_select(0, weights.rows), weights.U.index_select(0, weights.rows)
+            self.V[:, 0, i * self.rank : i * self.rank + r].index_copy_(0, places, A.to(self.V))
+            self.U[i][:, 0, :, :r].index_copy_(0, places, B.to(self.V))
+
+    def clear(self, positions: Sequence[int]) -> None:
+        places = torch.tensor(positions, device=self.V.device)
+        for tensor in (self.V, *self.U):
+            tensor.index_fill_(0, places, 0)
+        if self.has_cores:
+            for position in positions:
+                start = position * self.settings.slots_per_cluster
+                self.cores[start : start + self.settings.slots_per_cluster].zero_()
 
     def add_sorted(self, out: Tensor, x: Tensor, tokens: SortedTokens) -> None:
         """Semantics, for each of the tokens t (its position c, its core s) and slice i:
@@ -132,7 +153,7 @@ class BasisStack:
     def add_static(self, out: Tensor, x: Tensor, core_slots: Tensor, kernels: Any) -> None:
         """The same for all tokens at once, by their core (T,), without a look at the batch's content. With several
         bases vLLM's own shrink and expand kernels pick each token's, by the metadata in ``kernels``."""
-        if self.settings.num_clusters == 1:
+        if self.settings.num_clusters == 1 and self.has_cores:
             mixed = self._mix(linear(x, self.V[0, 0]), core_slots)
             add_slices(out, [(mixed[:, i], self.U[i][0, 0]) for i in range(self.num_slices)])
             return
@@ -150,6 +171,8 @@ class BasisStack:
     def _mix(self, h: Tensor, slots: Tensor) -> Tensor:
         """(T, n R) through the cores of ``slots`` (T,): (T, n, R)."""
         h = h.view(-1, self.num_slices, self.rank)
+        if not self.has_cores:
+            return h
         cores = self.cores.index_select(0, slots)
         if self.settings.is_diagonal:
             return h * cores

@@ -37,14 +37,9 @@ SYMBOLS = {
         "LRUCacheLoRAModelManager._register_packed_modules",
         "LRUCacheLoRAModelManager.lora_slots",
         "LRUCacheLoRAModelManager.set_adapter_mapping",
-        "DEFAULT_LANGUAGE_WRAPPER_KEY",
     ),
     "vllm.lora.layers": ("LoRAMapping",),
-    "vllm.lora.layers.base_linear": (
-        "BaseLinearLayerWithLoRA._apply_lora_to_output",
-        "BaseLinearLayerWithLoRA.set_lora",
-        "BaseLinearLayerWithLoRA.reset_lora",
-    ),
+    "vllm.lora.layers.base_linear": ("BaseLinearLayerWithLoRA._apply_lora_to_output",),
     "vllm.lora.punica_wrapper.punica_base": (
         "PunicaWrapperBase.update_metadata",
         "PunicaWrapperBase.add_shrink",

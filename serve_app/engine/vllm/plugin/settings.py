@@ -13,14 +13,11 @@ SECTION = "compress_then_serve"
 
 Products = Literal["grouped", "numba", "static", "triton"]
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The values of vLLM's ``max_lora_rank`` that we use."""
-
 
 @dataclass(frozen=True)
 class PluginSettings:
-    """Room in each adapted layer: ``num_clusters`` bases of at most ``rank`` with ``slots_per_cluster`` cores each,
-    and ``num_factor_slots`` truncated or raw adapters, whose rank vLLM's ``max_lora_rank`` bounds.
+    """Room in each adapted layer: ``num_clusters`` bases of at most ``rank`` with ``slots_per_cluster`` cores each; and
+    stacks of truncated and raw adapters: a ``padded_rank`` each, and for how many adapters of it there is room.
 
     ``is_diagonal`` cores are vectors. ``products``: ``grouped`` and ``numba``, for CPUs, sort a step's tokens by home
     on the host, and run torch's products for each home, or this project's CPU kernel (float32). ``static`` and
@@ -31,7 +28,7 @@ class PluginSettings:
     num_clusters: int
     slots_per_cluster: int
     rank: int
-    num_factor_slots: int
+    factor_slots: tuple[tuple[int, int], ...]
     is_diagonal: bool
     products: Products
 
@@ -39,11 +36,16 @@ class PluginSettings:
     def is_static(self) -> bool:
         return self.products in ("static", "triton")
 
-    def of_factors(self, rank: int) -> PluginSettings:
-        """For a stack of truncated and raw adapters, of ``rank`` at most: each a basis with the identity as core."""
-        return dataclasses.replace(
-            self, num_clusters=self.num_factor_slots, slots_per_cluster=1, rank=rank, num_factor_slots=0
-        )
+    def of_factors(self, bucket: int) -> PluginSettings:
+        """For that stack of truncated and raw adapters: each has a position of its own, like a basis with one core."""
+        rank, slots = self.factor_slots[bucket]
+        return dataclasses.replace(self, num_clusters=slots, slots_per_cluster=1, rank=rank, factor_slots=())
+
+    def bucket_of(self, rank: int) -> int | None:
+        """Which of ``factor_slots`` adapters of ``rank`` are in; None where there is no room for any."""
+        ranks = [padded for padded, _ in self.factor_slots]
+        padded = padded_rank(rank, self.products)
+        return ranks.index(padded) if padded in ranks else None
 
     def to_config(self) -> dict[str, Any]:
         return {SECTION: dataclasses.asdict(self)}
@@ -60,15 +62,12 @@ class PluginSettings:
                 f"additional_config[{SECTION!r}] is {section!r}, expected exactly the keys {', '.join(sorted(known))}; "
                 "it is written by this project's engine, not by hand"
             )
-        return PluginSettings(**section)
+        slots = tuple((rank, slots) for rank, slots in section["factor_slots"])
+        return PluginSettings(**section | {"factor_slots": slots})
 
 
-def slot_rank(rank: int) -> int:
-    """The smallest ``max_lora_rank`` of vLLM's that holds ``rank``. Raises ConfigError above the largest."""
-    for allowed in RANKS:
-        if rank <= allowed:
-            return allowed
-    raise ConfigError(
-        f"a truncated or raw adapter has rank {rank}, vLLM's LoRA slots hold {RANKS[-1]} at most; compress the "
-        "collection with a higher gate, or set engine to transformers"
-    )
+def padded_rank(rank: int, products: Products) -> int:
+    """What factors of ``rank`` are filled up to with zeros: a power of two, so that a layer has few stacks, one call
+    each, whatever the ranks; no less than the CPU kernel reads at once, or vLLM's own kernels are given by vLLM."""
+    least = 8 if products in ("static", "triton") else 4
+    return max(least, 1 << (rank - 1).bit_length())

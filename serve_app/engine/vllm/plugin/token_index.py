@@ -19,16 +19,19 @@ from serve_app.engine.vllm.plugin.settings import PluginSettings
 MAX_TASK_TOKENS = 8
 """Few enough for several threads where all tokens are on one basis, which is read once a task."""
 
+Positions = np.ndarray
+
 _PLACE = re.compile(r"cts:/(?P<home>.+)#(?P<slot>[0-9]+)")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an adapter's weights are: ``position`` is its basis in the stacks, ``slot`` its core there; a truncated
-    or raw adapter has no basis (None) but a ``slot`` of its own."""
+    """Where an adapter's weights are: ``position`` is its basis in the stacks, ``slot`` its core there. A truncated or
+    raw adapter has a position of its own, in the stacks of a ``bucket`` (of PluginSettings.factor_slots)."""
 
-    position: int | None
-    slot: int
+    position: int
+    slot: int = 0
+    bucket: int | None = None
 
 
 def write_path(home: str, slot: int) -> str:
@@ -58,13 +61,14 @@ class Groups:
     slots: Tensor
 
     @classmethod
-    def make(cls, sizes: np.ndarray, rows: np.ndarray, slots: np.ndarray, num_tokens: int) -> Groups:
-        """``sizes`` (C,): how many of the tokens, which are in the order of their bases, each basis has."""
-        present = np.flatnonzero(sizes)
-        in_place = len(present) == 1 and len(rows) == num_tokens
+    def make(
+        cls, positions: Positions, sizes: np.ndarray, rows: np.ndarray, slots: np.ndarray, num_tokens: int
+    ) -> Groups:
+        """``sizes``: how many of the tokens, which are in the order of their bases, each of ``positions`` has."""
+        in_place = len(positions) == 1 and len(rows) == num_tokens
         return cls(
-            tuple(present.tolist()),
-            tuple(sizes[present].tolist()),
+            tuple(positions.tolist()),
+            tuple(sizes.tolist()),
             None if in_place else torch.from_numpy(rows),
             torch.from_numpy(slots),
         )
@@ -83,13 +87,20 @@ class Tasks:
     num_tokens: int
 
     @classmethod
-    def make(cls, sizes: np.ndarray, rows: np.ndarray, slots: np.ndarray, num_tokens: int) -> Tasks:
-        """``sizes`` (C,): how many of the tokens, which are in the order of their bases, each basis has."""
+    def make(
+        cls, positions: Positions, sizes: np.ndarray, rows: np.ndarray, slots: np.ndarray, num_tokens: int
+    ) -> Tasks:
+        """``sizes``: how many of the tokens, which are in the order of their bases, each of ``positions`` has."""
         pieces = -(-sizes // MAX_TASK_TOKENS)
-        positions = np.repeat(np.arange(len(sizes)), pieces)
-        number = np.arange(len(positions)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        firsts = (np.cumsum(sizes) - sizes)[positions] + number * MAX_TASK_TOKENS
-        return cls(positions, np.append(firsts, len(rows)), rows, slots, num_tokens)
+        own = np.repeat(np.arange(len(sizes)), pieces)
+        number = np.arange(len(own)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        firsts = (np.cumsum(sizes) - sizes)[own] + number * MAX_TASK_TOKENS
+        return cls(positions[own], np.append(firsts, len(rows)), rows, slots, num_tokens)
+
+    @classmethod
+    def none(cls) -> Tasks:
+        nothing = np.zeros(0, dtype=np.int64)
+        return cls.make(nothing, nothing, nothing, nothing, 0)
 
 
 SortedTokens = Groups | Tasks
@@ -99,8 +110,9 @@ SortedTokens = Groups | Tasks
 class TokenIndex:
     """The current step's, written by ``set`` between two forward passes and read by every layer.
 
-    ``on_bases`` and ``on_factors`` (``grouped`` and ``numba`` products): the tokens on clusters' bases, and those of
-    truncated and raw adapters, each of which counts as a basis with one core; None where there are none.
+    ``on_bases`` and ``on_factors`` (``grouped`` and ``numba`` products): the tokens on clusters' bases, and, a bucket
+    each, those of truncated and raw adapters, each of which counts as a basis; None where there are none. The core of
+    all of these is number 0.
     ``core_slots`` (max_tokens,) int64: each row's flat core index (``static`` and ``triton`` products). ``order``
     (max_tokens,) int32 and ``starts`` (C + 1,) int32, of ``triton``: rows in the order of their bases; those of basis c
     stand at starts[c] <= k < starts[c + 1], rows without a basis and padding nowhere. All at fixed addresses.
@@ -113,59 +125,57 @@ class TokenIndex:
     max_tokens: int
     device: torch.device
     on_bases: SortedTokens | None = None
-    on_factors: SortedTokens | None = None
+    on_factors: tuple[SortedTokens | None, ...] = ()
 
     def __post_init__(self) -> None:
         self.zero_slot = self.settings.num_clusters * self.settings.slots_per_cluster
         self.core_slots = torch.full((self.max_tokens,), self.zero_slot, dtype=torch.int64, device=self.device)
         self.order = torch.zeros(self.max_tokens, dtype=torch.int32, device=self.device)
         self.starts = torch.zeros(self.settings.num_clusters + 1, dtype=torch.int32, device=self.device)
+        self.on_factors = (None,) * len(self.settings.factor_slots)
 
-    def set(self, ids: Sequence[int], places: Mapping[int, Place]) -> tuple[int, ...]:
-        """``ids``: each token's LoRA id, 0 for the base. Returns each token's basis position + 1, 0 without one."""
+    def set(self, ids: Sequence[int], places: Mapping[int, Place]) -> tuple[Positions, ...]:
+        """``ids``: each token's LoRA id, 0 for the base. Returns each token's position among the bases, and then in the
+        stack of each bucket, (T,) int64, -1 for none."""
         unique, inverse = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
         found = [places[int(lora_id)] if lora_id > 0 else None for lora_id in unique]
         slots = np.array([self._flat(place) for place in found], dtype=np.int64)
-        positions = np.array([_position(place) for place in found], dtype=np.int64)
-        by_token = positions[inverse]
+        buckets = range(len(self.settings.factor_slots))
+        on_bases, *on_factors = (
+            np.array([_position(place, bucket) for place in found], dtype=np.int64)[inverse]
+            for bucket in (None, *buckets)
+        )
         if self.settings.is_static:
             self.core_slots.fill_(self.zero_slot)
             self.core_slots[: len(inverse)].copy_(torch.from_numpy(slots[inverse]))
         else:
-            factors = np.array([_factor_slot(place) for place in found], dtype=np.int64)[inverse]
-            self.on_bases = self._sorted(by_token, slots[inverse], self.settings.num_clusters)
-            self.on_factors = self._sorted(factors, factors, self.settings.num_factor_slots)
+            no_core = np.zeros(len(inverse), dtype=np.int64)
+            self.on_bases = self._sorted(on_bases, slots[inverse])
+            self.on_factors = tuple(self._sorted(positions, no_core) for positions in on_factors)
         if self.settings.products == "triton":
-            order, starts = _sort(by_token, self.settings.num_clusters)
+            order = np.argsort(on_bases, kind="stable")
+            starts = np.searchsorted(on_bases[order], np.arange(self.settings.num_clusters + 1))
             self.order[: len(order)].copy_(torch.from_numpy(order))
             self.starts.copy_(torch.from_numpy(starts))
-        return tuple((by_token + 1).tolist())
+        return on_bases, *on_factors
 
-    def _sorted(self, positions: np.ndarray, slots: np.ndarray, num_bases: int) -> SortedTokens | None:
-        """``positions`` (T,) on one of the bases, -1 for none; ``slots`` (T,) their cores."""
-        order, starts = _sort(positions, num_bases)
-        rows, sizes = order[starts[0] :], np.diff(starts)
-        if not len(rows):
+    def _sorted(self, positions: Positions, slots: np.ndarray) -> SortedTokens | None:
+        """``positions`` (T,), -1 for none; ``slots`` (T,) their cores."""
+        # Stable, so that tokens that are all on one basis stay as they stand.
+        order = np.argsort(positions, kind="stable")
+        present, sizes = np.unique(positions, return_counts=True)
+        if -1 in present[:1]:
+            order, present, sizes = order[sizes[0] :], present[1:], sizes[1:]
+        if not len(present):
             return None
         kind = Tasks if self.settings.products == "numba" else Groups
-        return kind.make(sizes, rows, slots[rows], len(positions))
+        return kind.make(present, sizes, order, slots[order], len(positions))
 
     def _flat(self, place: Place | None) -> int:
-        if place is None or place.position is None:
+        if place is None or place.bucket is not None:
             return self.zero_slot
         return place.position * self.settings.slots_per_cluster + place.slot
 
 
-def _position(place: Place | None) -> int:
-    return -1 if place is None or place.position is None else place.position
-
-
-def _factor_slot(place: Place | None) -> int:
-    return -1 if place is None or place.position is not None else place.slot
-
-
-def _sort(positions: np.ndarray, num_bases: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens in the order of their bases, those without one first: basis c has ``order[starts[c]:starts[c + 1]]``."""
-    # Stable, so that tokens that are all on one basis stay as they stand.
-    order = np.argsort(positions, kind="stable")
-    return order, np.searchsorted(positions[order], np.arange(num_bases + 1))
+def _position(place: Place | None, bucket: int | None) -> int:
+    return place.position if place is not None and place.bucket == bucket else -1

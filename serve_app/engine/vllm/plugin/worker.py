@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from cluster.errors import BundleError
@@ -23,10 +24,10 @@ class HomeWorker:
         self.model_runner.lora_manager.detach(home)
 
     def resident_bytes(self) -> int:
-        """Bytes of all stacks and LoRA slots of this worker."""
+        """Bytes of all stacks of this worker, and of vLLM's one LoRA slot."""
         manager = self.model_runner.lora_manager._adapter_manager
         tensors = []
-        for stack in [*manager.stacks.values(), *manager.factor_stacks.values()]:
+        for stack in itertools.chain(manager.stacks.values(), *manager.factor_stacks.values()):
             tensors += [stack.V, *stack.U, stack.cores]
         for layer in manager.modules.values():
             tensors += [*layer.lora_a_stacked, *layer.lora_b_stacked]

@@ -52,14 +52,14 @@ class HomeWorkerManager(LRUCacheWorkerLoRAManager):
         self._adapter_manager.detach(home)
         self._paths = {}
 
-    # For warm-up and graph capture vLLM adds dummies: both kinds, so that no path is captured without the other.
+    # For warm-up and graph capture vLLM adds dummies: all kinds, so that no path is captured without the others.
 
     @cached_property
     def _dummies(self) -> dict[int, Place]:
         settings = self._adapter_manager.settings
-        places = [Place(position, 0) for position in range(settings.num_clusters)]
-        places += [Place(None, slot) for slot in range(settings.num_factor_slots)]
-        return {lora_id: places[lora_id % len(places)] for lora_id in range(1, self.lora_config.max_loras + 1)}
+        places = [Place(0, bucket=bucket) for bucket in range(len(settings.factor_slots))]
+        places += [Place(position) for position in range(settings.num_clusters)]
+        return {lora_id: places[(lora_id - 1) % len(places)] for lora_id in range(1, self.lora_config.max_loras + 1)}
 
     def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
         return True

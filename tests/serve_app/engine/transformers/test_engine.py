@@ -37,11 +37,11 @@ from serve_app.engine.transformers.settings import EngineSettings
 from tests.support.engines import (
     BROKEN,
     CLUSTERS,
+    FACTORS,
+    GONE,
     MAX_BATCH,
     MAX_MODEL_LEN,
-    NAN,
     PROMPTS,
-    RAW,
     Answer,
     Homes,
     ask,
@@ -58,7 +58,7 @@ def homes(zoo_path: Path) -> Homes:
 
 @pytest.fixture(scope="module")
 def engine(base_path: Path, homes: Homes) -> Iterator[TransformersEngine]:
-    wanted = [*CLUSTERS, f"factors:{RAW}", *BROKEN.values(), NAN]
+    wanted = [*CLUSTERS, *FACTORS, *BROKEN.values()]
     engine = TransformersEngine(
         base_path,
         serving_map(),
@@ -101,15 +101,18 @@ async def full_batch(engine: TransformersEngine) -> AsyncIterator[list[AsyncGene
 # Exactness.
 
 
-def test_homes_that_fail_are_recorded_and_leave_the_others_ready(engine: TransformersEngine) -> None:
+def test_homes_and_adapters_that_fail_are_recorded_and_leave_the_others_ready(engine: TransformersEngine) -> None:
     health = engine.health()
     assert health.alive
-    assert {home for home, state in health.homes.items() if state == "ready"} == {*CLUSTERS, f"factors:{RAW}", NAN}
+    assert {home for home, state in health.homes.items() if state == "ready"} == {*CLUSTERS, *FACTORS}
+    assert health.adapters == {"gone": GONE}
+    with pytest.raises(HomeUnavailable, match=f"adapter 'gone' is not being served: {GONE}"):
+        answer(engine, ask("gone", prompt="x"))
     assert "StoreUnreachable: http://127.0.0.1:1: connection refused" in health.homes[BROKEN["unreachable"]]
     assert "model.layers.99.self_attn.q_proj" in health.homes[BROKEN["alien"]]
-    assert "expected (192, 8)" in health.homes[BROKEN["misfit"]]
-    assert "1 cores at module" in health.homes[BROKEN["short"]]
-    assert "2 slots" in health.homes[BROKEN["short"]]
+    assert "expected (2, 192, 8)" in health.homes[BROKEN["misfit"]]
+    assert "1 slots at module" in health.homes[BROKEN["short"]]
+    assert "the serving map has 2" in health.homes[BROKEN["short"]]
 
 
 def test_every_adapter_alone_answers_as_peft_does(

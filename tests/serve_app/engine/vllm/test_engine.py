@@ -37,11 +37,14 @@ from serve_app.engine.vllm.plugin import compatibility
 from tests.support.engines import (
     BROKEN,
     CLUSTERS,
+    CUT,
+    FACTORS,
+    GONE,
     MAX_BATCH,
     MAX_MODEL_LEN,
-    NAN,
     PROMPTS,
     RAW,
+    RAW_HOME,
     Homes,
     ask,
     collect,
@@ -56,8 +59,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Than the default; the Triton kernels run on a GPU only.
 OTHER_PRODUCTS = ("static", "triton", "grouped") if DEVICE == "cuda" else ("static", "grouped")
 T = TypeVar("T")
-RAW_HOME = f"factors:{RAW}"
-FIRST_HOMES = (*CLUSTERS, RAW_HOME, *BROKEN.values(), NAN)
+FIRST_HOMES = (*CLUSTERS, *FACTORS, *BROKEN.values())
 
 
 def make_engine(base_path: Path, homes: Homes, wanted: tuple[str, ...] = FIRST_HOMES, **options: Any) -> VllmEngine:
@@ -110,8 +112,8 @@ def running(base_path: Path, homes: Homes) -> Iterator[Running]:
 @pytest.fixture(scope="module", params=OTHER_PRODUCTS)
 def others(request: pytest.FixtureRequest, base_path: Path, homes: Homes) -> Iterator[Running]:
     """The products that are not the default on a CPU in float32: a GPU's, on a CPU by vLLM's own CPU kernels, with all
-    LoRA slots but the zero one taken; and those of other dtypes."""
-    running = Running(make_engine(base_path, homes, (*CLUSTERS, RAW_HOME), products=request.param))
+    positions but the zero ones taken; and those of other dtypes."""
+    running = Running(make_engine(base_path, homes, (*CLUSTERS, *FACTORS), products=request.param))
     yield running
     running.close()
 
@@ -121,40 +123,42 @@ def assert_exact(running: Running, oracle: dict[str | None, list[int]]) -> None:
     assert running.tokens(*requests) == [oracle[name] for name in PROMPTS]
 
 
-def test_homes_that_fail_are_recorded_and_leave_the_others_ready(running: Running) -> None:
+def test_homes_and_adapters_that_fail_are_recorded_and_leave_the_others_ready(running: Running) -> None:
     health = running.engine.health()
     assert health.alive
-    assert {home for home, state in health.homes.items() if state == "ready"} == {*CLUSTERS, RAW_HOME}
+    assert {home for home, state in health.homes.items() if state == "ready"} == {*CLUSTERS, *FACTORS}
+    assert health.adapters.keys() == {"gone", "nan"}
+    assert health.adapters["gone"] == GONE
+    assert "is not finite" in health.adapters["nan"]
     assert "StoreUnreachable: http://127.0.0.1:1: connection refused" in health.homes[BROKEN["unreachable"]]
     assert "model.layers.99.self_attn.q_proj" in health.homes[BROKEN["alien"]]
-    assert "expected (192, 8)" in health.homes[BROKEN["misfit"]]
-    assert "2 slots" in health.homes[BROKEN["short"]]
-    assert "is not finite" in health.homes[NAN]
+    assert "expected (2, 192, 8)" in health.homes[BROKEN["misfit"]]
+    assert "the serving map has 2" in health.homes[BROKEN["short"]]
 
 
 def test_a_mixed_batch_answers_as_peft_does_and_again_out_of_the_prefix_cache(
     running: Running, oracle: dict[str | None, list[int]]
 ) -> None:
-    """Two clusters, a raw adapter and base rows in one batch."""
+    """Two clusters, a raw adapter, truncated ones of two ranks and base rows in one batch."""
     for _ in range(2):
         assert_exact(running, oracle)
     for name in PROMPTS:
         assert running.tokens(ask(name)) == [oracle[name]]
 
 
-def test_base_rows_are_untouched_in_a_batch_whose_last_lora_slot_is_taken(
+def test_base_rows_are_untouched_in_a_batch_whose_last_position_is_taken(
     others: Running, oracle: dict[str | None, list[int]]
 ) -> None:
     """The trap: vLLM's CPU kernels take index -1, a token without an adapter, for the last slot."""
-    requests = [ask(None), ask(RAW), ask(None), ask(RAW)]
-    assert others.tokens(*requests) == [oracle[None], oracle[RAW], oracle[None], oracle[RAW]]
+    names = [None, RAW, None, *CUT]
+    assert others.tokens(*(ask(name) for name in names)) == [oracle[name] for name in names]
 
 
 def test_fallback_only_compressed_only_and_mixed_batches_are_exact_with_the_other_products(
     others: Running, oracle: dict[str | None, list[int]]
 ) -> None:
     """The trap: a branch on what the batch holds is frozen by a capture, and raw adapters answer as the base."""
-    for names in ([RAW, RAW], ["number-en", "roman"], list(PROMPTS)):
+    for names in ([RAW, *CUT], ["number-en", "roman"], list(PROMPTS)):
         assert others.tokens(*(ask(name) for name in names)) == [oracle[name] for name in names]
 
 
@@ -162,7 +166,8 @@ def test_fallback_only_compressed_only_and_mixed_batches_are_exact_with_the_othe
 def test_an_engine_starts_with_more_raw_adapters_than_a_batch_holds(
     products: str | None, base_path: Path, homes: Homes, oracle: dict[str | None, list[int]]
 ) -> None:
-    """The trap: vLLM wants its cache of LoRAs, which is as large as a batch by default, to hold every LoRA slot."""
+    """The trap: vLLM wants its cache of LoRAs, which is as large as a batch by default, to hold every LoRA slot, and
+    tells its kernels of no more adapters than that."""
     running = Running(make_engine(base_path, homes, (RAW_HOME,), products=products, max_batch=1))
     try:
         assert running.tokens(ask(RAW)) == [oracle[RAW]]
@@ -212,11 +217,13 @@ def test_a_detached_homes_adapters_are_refused_and_its_place_serves_another_exac
         homes.store_is_up = False
 
 
-def test_a_raw_adapters_slot_is_emptied_and_used_again(running: Running, oracle: dict[str | None, list[int]]) -> None:
+def test_a_stacks_positions_are_emptied_and_used_again(running: Running, oracle: dict[str | None, list[int]]) -> None:
+    before = running.run(running.engine.resident_bytes())
     running.run(running.engine.detach(RAW_HOME))
-    assert running.tokens(ask(None)) == [oracle[None]]
+    assert running.tokens(ask(None), *map(ask, CUT)) == [oracle[None], *(oracle[name] for name in CUT)]
     running.run(running.engine.attach(RAW_HOME))
     assert running.tokens(ask(RAW), ask(None)) == [oracle[RAW], oracle[None]]
+    assert running.run(running.engine.resident_bytes()) == before
 
 
 def test_detach_waits_for_requests_that_run_on_the_home(running: Running, oracle: dict[str | None, list[int]]) -> None:
@@ -279,6 +286,7 @@ def test_what_cannot_be_answered_is_refused_before_vllm_sees_it(running: Running
         (ask("no-such-adapter", prompt="x"), UnknownAdapter),
         (ask("elsewhere", prompt="x"), HomeUnavailable),
         (ask("nan", prompt="x"), HomeUnavailable),
+        (ask("gone", prompt="x"), HomeUnavailable),
         (ask(None, prompt="x", max_tokens=MAX_MODEL_LEN), RequestError),
         (ask(None, prompt_token_ids=(10**6,)), RequestError),
         (ask(None, prompt="x", top_p=0.0), RequestError),
@@ -314,7 +322,7 @@ def test_engines_that_are_not_ours_get_vllms_own_manager(monkeypatch: pytest.Mon
 def settings_section() -> dict[str, Any]:
     from serve_app.engine.vllm.plugin.settings import PluginSettings
 
-    return PluginSettings(1, 1, 1, 1, False, "grouped").to_config()
+    return PluginSettings(1, 1, 1, ((4, 1),), False, "grouped").to_config()
 
 
 @pytest.mark.parametrize(
@@ -351,14 +359,15 @@ def test_warm_up_holds_compressed_and_raw_adapters() -> None:
 
     worker = object.__new__(HomeWorkerManager)
     worker.lora_config = SimpleNamespace(max_loras=8)
-    worker._adapter_manager = SimpleNamespace(settings=PluginSettings(2, 4, 8, 1, False, "static"))
+    worker._adapter_manager = SimpleNamespace(settings=PluginSettings(20, 4, 8, ((8, 1), (16, 900)), False, "static"))
     dummies = worker._dummies
     assert sorted(dummies) == list(range(1, 9))
-    assert {place.position for place in dummies.values()} == {0, 1, None}
+    assert {place.bucket for place in dummies.values()} == {0, 1, None}
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_tensor_parallel_ranks_add_up_to_the_whole_delta(num_ranks: int) -> None:
+@pytest.mark.parametrize("kind", ["cluster", "stack"])
+def test_tensor_parallel_ranks_add_up_to_the_whole_delta(kind: str, num_ranks: int) -> None:
     """By vLLM's own slicing rules, on layers that hold just what these rules read."""
     from vllm.lora.layers import MergedQKVParallelLinearWithLoRA, RowParallelLinearWithLoRA
 
@@ -367,9 +376,14 @@ def test_tensor_parallel_ranks_add_up_to_the_whole_delta(num_ranks: int) -> None
     torch.manual_seed(0)
     d_in, d_outs, r = 12, (24, 12, 12), 4
     whole = [ModuleWeights(torch.randn(d, r), torch.randn(d_in, r), torch.randn(2, r, r)) for d in d_outs]
+    if kind == "stack":
+        index = torch.tensor([2, 0, 1])
+        whole = [ModuleWeights(torch.randn(3, d, r), torch.randn(3, d_in, r), None, index) for d in d_outs]
     x = torch.randn(5, d_in)
 
     def delta(weights: ModuleWeights, x: torch.Tensor) -> torch.Tensor:
+        if weights.rows is not None:
+            return x @ weights.V[weights.rows[1]] @ weights.U[weights.rows[1]].T
         assert weights.cores is not None
         return x @ weights.V @ weights.cores[1].T @ weights.U.T
 

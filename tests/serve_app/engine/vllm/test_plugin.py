@@ -17,7 +17,7 @@ from serve_app.app import choose_engine
 from serve_app.engine.vllm.plugin import compatibility
 from serve_app.engine.vllm.plugin.basis_stack import BasisStack
 from serve_app.engine.vllm.plugin.register import register
-from serve_app.engine.vllm.plugin.settings import SECTION, PluginSettings, slot_rank
+from serve_app.engine.vllm.plugin.settings import SECTION, PluginSettings, padded_rank
 from serve_app.engine.vllm.plugin.token_index import Place, TokenIndex, read_path, write_path
 
 D_IN, D_OUTS = 24, (16, 8, 8)
@@ -29,14 +29,14 @@ NUMBA = pytest.param(
 
 
 def settings(products: str = "grouped", clusters: int = 3, diagonal: bool = False) -> PluginSettings:
-    return PluginSettings(clusters, 4, 6, 2, diagonal, products)  # type: ignore[arg-type]
+    return PluginSettings(clusters, 4, 6, ((4, 2), (8, 3)), diagonal, products)  # type: ignore[arg-type]
 
 
 class Kernels:
-    """vLLM's shrink and expand, as loops: token t uses slot ids[t] - 1, none for 0."""
+    """vLLM's shrink and expand, as loops: token t uses slot positions[t], none for -1."""
 
-    def __init__(self, ids: tuple[int, ...]) -> None:
-        self.ids = ids
+    def __init__(self, positions: Any) -> None:
+        self.ids = (positions + 1).tolist()
 
     def add_shrink(self, out: Tensor, x: Tensor, A: tuple[Tensor, ...], scale: float) -> None:
         for t, i in itertools.product([t for t, number in enumerate(self.ids) if number], range(len(A))):
@@ -66,7 +66,7 @@ def expected(x: Tensor, places: list[Place | None], clusters: list[list[ModuleWe
     """Token by token, slice by slice, in float64, from the clusters' own weights."""
     out = torch.zeros(len(x), sum(D_OUTS), dtype=torch.float64)
     for t, place in enumerate(places):
-        if place is None or place.position is None:
+        if place is None or place.bucket is not None:
             continue
         start = 0
         for i, d_out in enumerate(D_OUTS):
@@ -98,9 +98,9 @@ def test_each_token_gets_its_own_adapters_delta_and_no_other(batch: str, product
     for position, slices in enumerate(clusters):
         stack.put(position, slices)
     places = {1 + position * 4 + slot: Place(position, slot) for position in range(3) for slot in range(4)}
-    places[13] = Place(None, 1)
+    places[13] = Place(1, bucket=0)
     index, ids = TokenIndex(own, 16, CPU), BATCHES[batch]
-    positions = index.set(ids, places)
+    positions, *_ = index.set(ids, places)
     x, out = torch.randn(len(ids), D_IN), torch.zeros(len(ids), sum(D_OUTS))
     if products == "static":
         stack.add_static(out, x, index.core_slots[: len(ids)], Kernels(positions))
@@ -112,36 +112,53 @@ def test_each_token_gets_its_own_adapters_delta_and_no_other(batch: str, product
     assert not out[untouched].any(), "rows without a basis are exactly the base's"
 
 
+def random_stack(rank: int, num_slots: int, skip: int) -> list[ModuleWeights | None]:
+    """One entry a slice; slot 1 does not touch slice ``skip``, and stands on its last row, which is zero."""
+    slices: list[ModuleWeights | None] = []
+    for i, d_out in enumerate(D_OUTS):
+        rows = torch.arange(num_slots).flip(0)
+        if i == skip:
+            rows[1] = num_slots
+        U, V = torch.randn(num_slots + 1, d_out, rank), torch.randn(num_slots + 1, rank, D_IN).mT
+        U[-1] = V[-1] = 0
+        slices.append(ModuleWeights(U, V, None, rows))
+    return slices
+
+
 @pytest.mark.parametrize("diagonal", [False, True])
-@pytest.mark.parametrize("products", ["grouped", NUMBA])
-def test_truncated_and_raw_adapters_of_any_rank_share_a_stack_and_meet_only_their_own_rows(
-    products: str, diagonal: bool
-) -> None:
+@pytest.mark.parametrize("products", ["grouped", NUMBA, "static"])
+def test_truncated_and_raw_adapters_of_several_ranks_meet_only_their_own_rows(products: str, diagonal: bool) -> None:
     torch.manual_seed(0)
     own = settings(products, diagonal=diagonal)
-    stack, index = BasisStack(own.of_factors(8), D_IN, D_OUTS, torch.float32, CPU), TokenIndex(own, 16, CPU)
-    adapters = [
-        [
-            None if i == skip else ModuleWeights(torch.randn(d, rank), torch.randn(D_IN, rank), None)
-            for i, d in enumerate(D_OUTS)
-        ]
-        for rank, skip in ((8, None), (3, 1))
+    index = TokenIndex(own, 16, CPU)
+    stacks = [
+        BasisStack(own.of_factors(bucket), D_IN, D_OUTS, torch.float32, CPU, has_cores=False) for bucket in (0, 1)
     ]
-    for slot, slices in enumerate(adapters):
-        stack.put(slot, slices)
-    places = {1: Place(0, 0), 13: Place(None, 0), 14: Place(None, 1)}
-    for ids in ([14, 0, 13, 1, 14, 14, 0], [13, 13]):
-        index.set(ids, places)
-        x, out, expected = torch.randn(len(ids), D_IN), torch.zeros(len(ids), sum(D_OUTS)), []
-        assert index.on_factors is not None
-        stack.add_sorted(out, x, index.on_factors)
+    homes = [random_stack(3, 2, skip=0), random_stack(8, 2, skip=1)]
+    # Where they stand is the manager's choice.
+    at = [(1, 0), (2, 0)]
+    for stack, positions, slices in zip(stacks, at, homes, strict=True):
+        stack.put_factors(positions, slices)
+    adapters = {13: (0, 0), 14: (0, 1), 15: (1, 0), 16: (1, 1)}  # LoRA id -> bucket, slot
+    places = {1: Place(0, 0)} | {i: Place(at[bucket][slot], bucket=bucket) for i, (bucket, slot) in adapters.items()}
+    for ids in ([14, 0, 13, 1, 16, 14, 15, 0], [13, 13], [16], [1, 0]):
+        _, *positions_of = index.set(ids, places)
+        x, out = torch.randn(len(ids), D_IN), torch.zeros(len(ids), sum(D_OUTS))
+        for bucket, stack in enumerate(stacks):
+            if products == "static":
+                stack.add_static(out, x, index.core_slots[: len(ids)], Kernels(positions_of[bucket]))
+            elif (tokens := index.on_factors[bucket]) is not None:
+                stack.add_sorted(out, x, tokens)
+        wanted = torch.zeros(len(ids), sum(D_OUTS))
         for t, number in enumerate(ids):
-            slices = adapters[number - 13] if number >= 13 else [None] * 3
-            parts = [torch.zeros(d) if w is None else w.U @ (w.V.T @ x[t]) for w, d in zip(slices, D_OUTS, strict=True)]
-            expected.append(torch.cat(parts))
-        torch.testing.assert_close(out, torch.stack(expected), rtol=1e-4, atol=1e-3)
-    index.set([1, 0], places)
-    assert index.on_factors is None
+            if number in adapters:
+                bucket, slot = adapters[number]
+                rows = [(w, w.rows[slot]) for w in homes[bucket] if w is not None and w.rows is not None]
+                wanted[t] = torch.cat([w.U[row] @ (w.V[row].T @ x[t]) for w, row in rows])
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-3)
+        assert torch.equal(out[[t for t, number in enumerate(ids) if number < 13]].any(), torch.tensor(False))
+    if products != "static":
+        assert index.on_factors == (None, None)
 
 
 def test_static_products_with_one_cluster_need_no_kernels() -> None:
@@ -180,7 +197,7 @@ def test_a_position_that_is_used_again_holds_nothing_of_its_last_cluster() -> No
     stack.put(1, random_cluster(2, False, skip=0))
     fresh = BasisStack(settings(), D_IN, D_OUTS, torch.float32, CPU)
     assert not stack.U[0][1].any()
-    stack.clear(1)
+    stack.clear([1])
     for mine, its in zip([stack.V, stack.cores, *stack.U], [fresh.V, fresh.cores, *fresh.U], strict=True):
         assert torch.equal(mine, its)
 
@@ -203,7 +220,7 @@ def test_a_step_costs_no_more_with_10000_registered_adapters_than_with_64() -> N
     """The trap: stock vLLM lists every registered adapter for each active one in each step."""
     looks = []
     for registered in (64, 10_000):
-        index = TokenIndex(PluginSettings(1, registered, 6, 0, False, "grouped"), 256, CPU)
+        index = TokenIndex(PluginSettings(1, registered, 6, (), False, "grouped"), 256, CPU)
         places = CountingPlaces({number: Place(0, number - 1) for number in range(1, registered + 1)})
         index.set([1 + t % 64 for t in range(256)], places)
         looks.append(places.looks)
@@ -211,7 +228,7 @@ def test_a_step_costs_no_more_with_10000_registered_adapters_than_with_64() -> N
 
 
 def test_a_place_survives_the_wire_as_a_path() -> None:
-    assert read_path(write_path("factors:tenant/odd#one", 0)) == ("factors:tenant/odd#one", 0)
+    assert read_path(write_path("factors:2.1", 17)) == ("factors:2.1", 17)
     assert read_path(write_path("cluster:12", 345)) == ("cluster:12", 345)
     with pytest.raises(ValueError, match="not written by this project"):
         read_path("/some/lora")
@@ -226,10 +243,11 @@ def test_settings_survive_and_a_section_that_is_not_ours_is_refused() -> None:
         PluginSettings.of({SECTION: own.to_config()[SECTION] | {"extra": 1}})
 
 
-def test_a_rank_takes_the_smallest_slot_that_vllm_has_and_beyond_is_refused() -> None:
-    assert [slot_rank(rank) for rank in (1, 8, 9, 64, 300, 512)] == [8, 8, 16, 64, 320, 512]
-    with pytest.raises(ConfigError, match="rank 513"):
-        slot_rank(513)
+def test_a_rank_is_in_the_stack_of_the_next_power_of_two() -> None:
+    assert [padded_rank(rank, "numba") for rank in (1, 2, 4, 5, 8, 9, 64, 300)] == [4, 4, 4, 8, 8, 16, 64, 512]
+    assert [padded_rank(rank, "static") for rank in (1, 8, 9)] == [8, 8, 16]
+    own = settings("grouped")
+    assert [own.bucket_of(rank) for rank in (1, 4, 5, 8, 9)] == [0, 0, 1, 1, None]
 
 
 @pytest.mark.skipif(compatibility.vllm_version() is not None, reason="vLLM is installed here")
