@@ -8,8 +8,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 Row = tuple[str, str]
+T = TypeVar("T")
 
 NUM_TEST_ROWS = 64
 _MAX_TRAIN_ROWS = 4000
@@ -49,7 +51,7 @@ class Task:
         return rows[:NUM_TEST_ROWS], rows[NUM_TEST_ROWS : NUM_TEST_ROWS + _MAX_TRAIN_ROWS]
 
 
-def subset_rows(train: list[Row], subset: str) -> list[Row]:
+def subset_rows(train: list[T], subset: str) -> list[T]:
     half = len(train) // 2
     return {"all": train, "a": train[:half], "b": train[half:]}[subset]
 
