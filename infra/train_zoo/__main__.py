@@ -15,7 +15,6 @@ pip install -c constraints.txt -e '.[train]'.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -37,7 +36,7 @@ from infra.train_zoo.plan import LEARNING_RATE, STEPS, AdapterPlan, plan_adapter
 from infra.train_zoo.stored import Folders, Record, write_text
 from infra.train_zoo.task import Task
 from infra.train_zoo.tasks import all_tasks
-from infra.train_zoo.training import TRUNCATION_RANKS, Base, load_base, train_adapters
+from infra.train_zoo.training import TRUNCATION_RANKS, loaded_base, train_adapters
 
 _TASK_MEMORY_BYTES = 3 << 30  # measured: 2 GB with four adapters side by side
 _TOGETHER = {"cpu": 4, "gpu": 64}  # more of them is no faster
@@ -124,13 +123,7 @@ def _train_task(plans: Sequence[AdapterPlan], base: str, dtype: str, folders: Fo
     if not missing:
         return []
     torch.set_num_threads(threads)
-    return train_adapters(missing, all_tasks(), _base(base, dtype), folders)[1]
-
-
-@functools.cache
-def _base(folder: str, dtype: str) -> Base:
-    """A worker keeps it for all of its tasks."""
-    return load_base(folder, getattr(torch, dtype))
+    return train_adapters(missing, all_tasks(), loaded_base(base, getattr(torch, dtype)), folders)[1]
 
 
 def _connect(options: argparse.Namespace) -> None:

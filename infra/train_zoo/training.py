@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -51,6 +52,10 @@ def load_base(folder: str, dtype: torch.dtype) -> Base:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
     model.requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return Base(read_base(folder).name, model, AutoTokenizer.from_pretrained(folder))
+
+
+loaded_base = functools.cache(load_base)
+"""A Ray worker keeps it for all of its tasks."""
 
 
 def train_adapters(
