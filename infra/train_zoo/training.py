@@ -54,8 +54,10 @@ def load_base(folder: str, dtype: torch.dtype) -> Base:
     return Base(read_base(folder).name, model, AutoTokenizer.from_pretrained(folder))
 
 
-loaded_base = functools.cache(load_base)
-"""A Ray worker keeps it for all of its tasks."""
+@functools.cache
+def loaded_base(folder: str, dtype: torch.dtype) -> Base:
+    """The one of this process: a Ray worker keeps it for all of its tasks."""
+    return load_base(folder, dtype)
 
 
 def train_adapters(

@@ -373,7 +373,8 @@ def test_over_ray_only_what_is_missing_is_trained_and_to_the_same_bytes(tiny_bas
     train(PLANS[1:], tiny_base, here.root)  # --together 2
     shutil.copytree(here.adapter(PLANS[0]), out.adapter(PLANS[0]))
     (out.adapter(PLANS[0]) / "kept").touch()
-    assert main(arguments(tiny_base, out.root)) == 0
+    # As a command: a task that is pickled from __main__ is another thing than one of a module.
+    subprocess.run([sys.executable, "-m", "infra.train_zoo", *arguments(tiny_base, out.root)], check=True)
     assert (out.adapter(PLANS[0]) / "kept").exists()
     for plan in PLANS[1:]:
         assert files(out.adapter(plan)) == files(here.adapter(plan))
