@@ -34,7 +34,7 @@ from compress_jobs.job.tasks import run_bounded
 from compress_jobs.progress import say, track
 from infra.train_zoo.plan import LEARNING_RATE, STEPS, AdapterPlan, plan_adapters, side_by_side
 from infra.train_zoo.stored import Folders, Record, write_text
-from infra.train_zoo.task import Task
+from infra.train_zoo.task import LONG_ANSWERS, Task
 from infra.train_zoo.tasks import all_tasks
 from infra.train_zoo.training import TRUNCATION_RANKS, loaded_base, train_adapters
 
@@ -54,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Plan, train what is missing, write the tables, tell."""
     tasks = all_tasks()
+    names = [task.name for task in tasks.values() if (task.family == LONG_ANSWERS) == options.long_answers]
     plans = plan_adapters(
-        tasks, options.adapters, steps=options.steps, learning_rate=options.learning_rate, only=options.only
+        names, options.adapters, steps=options.steps, learning_rate=options.learning_rate, only=options.only
     )
     if options.plan:
         _print_plan(plans, tasks)
@@ -206,6 +207,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--adapters", type=_positive, required=True, help="how many adapters of the grid")
     add("--steps", type=_positive, nargs="+", default=STEPS, help=f"step counts of the grid (default: {STEPS})")
     add("--only", nargs="+", default=(), metavar="PATTERN", help="only ids like these, with *")
+    add("--long-answers", action="store_true", help="another grid: the twelve tasks whose answers are long")
     add("--learning-rate", type=float, default=LEARNING_RATE, help="in ids where another (default: %(default)s)")
     add("--together", type=_positive, help="adapters in a batch (default: 4 on a CPU, 64 on a GPU)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base (default: %(default)s)")

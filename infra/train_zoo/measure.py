@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ def score(model: Any, batch: Batch) -> list[tuple[float, float]]:
     return scores
 
 
-def truncation_error(modules: Iterable[Factors], rank: int) -> float:
-    """sum_m ||M_m - svd_rank(M_m)||^2 / sum_m ||M_m||^2: what is lost when every module is cut to ``rank``."""
+def truncation_errors(modules: Iterable[Factors], ranks: Sequence[int]) -> dict[int, float]:
+    """Rank -> sum_m ||M_m - svd_rank(M_m)||^2 / sum_m ||M_m||^2: what is lost when every module is cut to it."""
     spectra = [svd_factors(A, B)[1].square() for A, B in modules]
-    return math.fsum(float(s[rank:].sum()) for s in spectra) / math.fsum(float(s.sum()) for s in spectra)
+    whole = math.fsum(float(s.sum()) for s in spectra)
+    return {rank: math.fsum(float(s[rank:].sum()) for s in spectra) / whole for rank in ranks}

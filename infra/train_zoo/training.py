@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cluster.adapters.base import read_base
 from infra.train_zoo.batch import ATTENTION, Batch, Pair, answer_states, make_batch
 from infra.train_zoo.lora import StackedLora, in_place, stack_on
-from infra.train_zoo.measure import score, truncation_error
+from infra.train_zoo.measure import score, truncation_errors
 from infra.train_zoo.plan import AdapterPlan
 from infra.train_zoo.stored import Folders, Record, write_adapter
 from infra.train_zoo.task import Row, Task, subset_rows
@@ -94,6 +94,7 @@ def train_adapters(
             for name, module in stacked.items()
             if name.rpartition(".")[2] in plan.shape.modules
         }
+        errors = truncation_errors(factors.values(), TRUNCATION_RANKS)
         record = {
             "name": plan.adapter_id,
             "family": tasks[plan.task].family,
@@ -111,7 +112,7 @@ def train_adapters(
             "base_em": round(base.scores[plan.task][1], 4),
             "lora_loss": round(scores[i][0], 4),
             "lora_em": round(scores[i][1], 4),
-            "svd_error": {str(rank): round(truncation_error(factors.values(), rank), 4) for rank in TRUNCATION_RANKS},
+            "svd_error": {str(rank): round(error, 4) for rank, error in errors.items()},
             "device": base.model.device.type,
             "dtype": str(base.model.dtype).removeprefix("torch."),
             # Each has an equal share of the time of all.

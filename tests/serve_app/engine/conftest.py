@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.engines import PROMPTS
+from tests.support.engines import DEVICE, PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +21,14 @@ def tokenizer(base_path: Path) -> Any:
 @pytest.fixture(scope="module")
 def oracle(base_path: Path, zoo_path: Path, tokenizer: Any) -> dict[str | None, list[int]]:
     """Adapter -> the 32 tokens that PEFT generates greedily after its prompt (the base's own under None)."""
-    base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32).to(DEVICE)
     names = [name for name in PROMPTS if name is not None]
     model = PeftModel.from_pretrained(base, zoo_path / names[0], adapter_name=names[0])
     for name in names[1:]:
         model.load_adapter(zoo_path / name, adapter_name=name)
 
     def greedy(prompt: str) -> list[int]:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = tokenizer(prompt, return_tensors="pt").to(DEVICE)
         output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
         return output[0, inputs["input_ids"].shape[1] :].tolist()
 
