@@ -52,6 +52,10 @@ def test_a_part_that_fails_or_takes_too_long_is_said_to_and_raises_nothing() -> 
     assert run_part(60, ("platform",))["failed"] == "status 0"  # no JSON in it
 
 
+def test_all_parts_together_take_ten_minutes_at_most() -> None:
+    assert sum(seconds for seconds, _ in parts(small=False).values()) < 600
+
+
 def test_without_a_gpu_no_figure_is_made_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

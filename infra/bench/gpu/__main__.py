@@ -53,11 +53,11 @@ def parts(small: bool) -> Parts:
             "training": (600, ("infra.bench.gpu.training", "--adapters", "2", "--together", "2", "--steps", "2")),
         }
     return {
-        "compression": (150, ("infra.bench.gpu.compression",)),
-        "kernels": (60, (*_PYTEST, _KERNELS)),
-        "layer": (90, ("infra.bench.layer", "--device", "cuda")),
-        "exactness": (60, exactness),
-        "training": (240, ("infra.bench.gpu.training",)),
+        "compression": (140, ("infra.bench.gpu.compression",)),
+        "kernels": (100, (*_PYTEST, _KERNELS)),
+        "layer": (70, ("infra.bench.layer", "--device", "cuda")),
+        "exactness": (70, exactness),
+        "training": (210, ("infra.bench.gpu.training",)),
     }
 
 
