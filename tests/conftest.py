@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from infra.demo.application import set_up_serve
-from tests.support.paths import REPOSITORY, ZOO
 
 # Before any library that reads it: nothing is ever fetched from a hub, and Ray reports nothing home.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,23 +16,7 @@ set_up_serve()
 # numpy's threads spin while they wait; on few cores they take them from everybody else.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-pytest_plugins = ["tests.support.seaweed", "tests.support.place"]
-
-
-@pytest.fixture(scope="session")
-def base_path() -> Path:
-    """SmolLM2-135M-Instruct as a transformers folder, made once into build/base."""
-    from infra.demo.make_base import make_base
-
-    target = REPOSITORY / "build" / "base"
-    make_base(target)
-    return target
-
-
-@pytest.fixture(scope="session")
-def zoo_path() -> Path:
-    """The shipped real adapters, a folder each."""
-    return ZOO / "adapters"
+pytest_plugins = ["tests.support.models", "tests.support.seaweed", "tests.support.place"]
 
 
 @pytest.fixture(scope="module")

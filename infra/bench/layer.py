@@ -6,7 +6,7 @@
 The layer is a packed q/k/v (d -> d, d/4, d/4) with 25 bases, or one; its tokens ask 64 adapters at most. Ways:
 
     base      the layer's own product, without adapters
-    grouped   torch's products, a basis at a time (what the vLLM engine does on CPUs in bfloat16 and float16)
+    grouped   torch's products, a basis at a time (what the vLLM engine does on CPUs in bfloat16 and float16; on a CPU)
     numba     this project's CPU kernel (what it does on CPUs in float32)
     static    torch's products, bases picked by vLLM's shrink and expand (what it does on GPUs)
     triton    this project's kernels
@@ -203,12 +203,11 @@ def main() -> None:
         parser.error("--device cuda: torch sees no GPU here; give --device cpu, or install a build of torch for GPUs")
     dtype_name = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     dtype, device = getattr(torch, dtype_name), torch.device(args.device)
-    names = ["base", "grouped"]
+    # Grouped products look at each batch, which no captured graph can.
+    names = ["base", "grouped" if args.device == "cpu" else "triton"]
     if importlib.util.find_spec("vllm") is not None:
         names += ["numba"] if args.device == "cpu" and dtype_name == "float32" else []
         names += ["static", "lora"]
-    if args.device == "cuda":
-        names.append("triton")
     rate = bandwidth(device)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} CPUs"
     print(

@@ -19,6 +19,17 @@ def cpu_seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - started, result
 
 
+def wall_seconds(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Until a GPU, where there is one, has done all of it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, result
+
+
 class ProductLog(TorchDispatchMode):
     """Counts the operations of every product inside it (2 a multiply-add), and the large products by shape.
 
@@ -48,17 +59,28 @@ class BareProducts:
     """The large products of a log alone, each in the way that is fastest for its shape on this machine: the small
     operand by rows or by columns, the product as it is or as the transposed product of the transposed operands."""
 
-    def __init__(self, log: ProductLog) -> None:
+    def __init__(
+        self,
+        log: ProductLog,
+        device: str = "cpu",
+        timed: Callable[[Callable[[], Any]], tuple[float, Any]] = cpu_seconds,
+    ) -> None:
+        self._timed = timed
         self._runs: list[tuple[int, Callable[[], Tensor]]] = []
         for (transposed, m, k, n), count in log.large.items():
-            large = torch.randn(k, m).T if transposed else torch.randn(m, k)
-            by_rows = torch.randn(k, n)
+            large = torch.randn(k, m, device=device).T if transposed else torch.randn(m, k, device=device)
+            by_rows = torch.randn(k, n, device=device)
             by_columns = by_rows.T.contiguous().T
             ways = [partial(torch.mm, large, small) for small in (by_rows, by_columns)]
             ways += [partial(torch.mm, small.T, large.T) for small in (by_rows, by_columns)]
-            seconds = [min(cpu_seconds(way)[0] for _ in range(3)) for way in ways]
+            seconds = [min(timed(way)[0] for _ in range(3)) for way in ways]
             self._runs.append((count, ways[seconds.index(min(seconds))]))
 
     def seconds(self) -> float:
-        """CPU seconds of all of them, each as often as it was counted."""
-        return sum(cpu_seconds(way)[0] for count, way in self._runs for _ in range(count))
+        """Of all of them, each as often as it was counted; by ``timed``."""
+        return self._timed(self._run)[0]
+
+    def _run(self) -> None:
+        for count, way in self._runs:
+            for _ in range(count):
+                way()

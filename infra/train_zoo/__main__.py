@@ -1,4 +1,4 @@
-"""Train a collection of real LoRA adapters, one Ray task each: many tasks, data subsets, seeds and step counts.
+"""Train a collection of real LoRA adapters, several in a batch: many tasks, data subsets, seeds and step counts.
 
     python -m infra.train_zoo --base build/base --out zoo --adapters 300 --plan    # what it would train
     python -m infra.train_zoo --base build/base --out zoo --adapters 300           # trains it
@@ -7,9 +7,9 @@ The adapters are spread over the grid task x data subset x seed x steps; a large
 one. An adapter that is already in --out is skipped, so the same line goes on where a killed run stopped. It
 writes adapters/<id>/ (PEFT folders in bfloat16), tasks.jsonl (held-out rows) and training.jsonl (how each was
 trained, held-out loss and exact match of base and adapter, how near to low rank it is: more steps alone need
-not make it less so, look at the printed table). Where the Ray cluster
-has GPUs they are used, several adapters at once on each. On several nodes, --base and --out are folders that
-every node sees. Needs the `train` extra: pip install -c constraints.txt -e '.[train]'.
+not make it less so, look at the printed table). A Ray task trains several adapters side by side, on a GPU where the
+cluster has GPUs. On several nodes, --base and --out are folders that every node sees. Needs the `train` extra:
+pip install -c constraints.txt -e '.[train]'.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ from cluster.adapters.listing import CONFIG_FILE
 from cluster.errors import ConfigError, CtsError
 from compress_jobs.job.tasks import run_bounded
 from compress_jobs.progress import say, track
-from infra.train_zoo.plan import STEPS, AdapterPlan, plan_adapters
-from infra.train_zoo.task import Task
+from infra.train_zoo.plan import LEARNING_RATE, STEPS, AdapterPlan, plan_adapters, side_by_side
+from infra.train_zoo.stored import Folders, Record, write_text
+from infra.train_zoo.task import LONG_ANSWERS, Task
 from infra.train_zoo.tasks import all_tasks
-from infra.train_zoo.training import TRUNCATION_RANKS, Folders, Record, TrainingFailed, train_adapter, write_text
+from infra.train_zoo.training import TRUNCATION_RANKS, loaded_base, train_adapters
 
-_TASK_MEMORY_BYTES = 3 << 30  # measured: up to 2.5 GB with the longest rows
+_TASK_MEMORY_BYTES = 3 << 30  # measured: 2 GB with four adapters side by side
+_TOGETHER = {"cpu": 4, "gpu": 64}  # more of them is no faster
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Plan, train what is missing, write the tables, tell."""
     tasks = all_tasks()
-    plans = plan_adapters(tasks, options.adapters, steps=options.steps, only=options.only)
+    names = [task.name for task in tasks.values() if (task.family == LONG_ANSWERS) == options.long_answers]
+    plans = plan_adapters(
+        names, options.adapters, steps=options.steps, learning_rate=options.learning_rate, only=options.only
+    )
     if options.plan:
         _print_plan(plans, tasks)
         return 0
@@ -87,38 +92,39 @@ def _train(plans: Sequence[AdapterPlan], base: str, folders: Folders, options: a
     _connect(options)
     resources = ray.cluster_resources()
     num_cpus, num_gpus = max(1, int(resources["CPU"])), int(resources.get("GPU", 0))
-    in_flight = min(len(plans), num_gpus * options.per_gpu if num_gpus else num_cpus)
-    # Several adapters side by side make better use of cores than several threads on one.
+    groups = side_by_side(plans, options.together or _TOGETHER["gpu" if num_gpus else "cpu"])
+    in_flight = min(len(groups), num_gpus or num_cpus)
+    # Several tasks make better use of cores than several threads in one.
     threads = 1 if num_gpus else max(1, num_cpus // in_flight)
     asked: dict[str, Any] = (
-        {"num_gpus": 1 / options.per_gpu}
+        {"num_gpus": 1}
         if num_gpus
         else {"memory": min(_TASK_MEMORY_BYTES, int(resources.get("memory", _TASK_MEMORY_BYTES)))}
     )
-    say(f"train {len(plans)} adapters, {in_flight} at once on {num_gpus or 'no'} GPUs and {num_cpus} CPUs")
-    # max_calls 0: by default a worker with a GPU ends after one task, and a new one takes as long as 40 steps.
+    say(
+        f"train {len(plans)} adapters, up to {len(groups[0])} in a batch, {in_flight} batches at once "
+        f"on {num_gpus or 'no'} GPUs and {num_cpus} CPUs"
+    )
+    # max_calls 0: by default a worker with a GPU ends after one task, and a new one has to load everything again.
     task = ray.remote(num_cpus=threads, max_retries=3, max_calls=0, **asked)(_train_task)
     failed = []
     try:
-        calls = [(plan, base, folders, threads) for plan in plans]
-        for _, failure in track(run_bounded(task, calls, in_flight), len(calls), "train"):
-            if failure is not None:
-                failed.append(failure)
+        calls = [(group, base, options.dtype, folders, threads) for group in groups]
+        for _, failures in track(run_bounded(task, calls, in_flight), len(calls), "train"):
+            failed += failures
     finally:
         ray.shutdown()
     return failed
 
 
-def _train_task(plan: AdapterPlan, base: str, folders: Folders, threads: int) -> str | None:
-    """What a Ray worker does; answers with the reason where an adapter cannot be trained."""
-    if folders.adapter(plan).exists():
-        return None  # Ray lost the worker after its work was done, and tries again
+def _train_task(plans: Sequence[AdapterPlan], base: str, dtype: str, folders: Folders, threads: int) -> list[str]:
+    """What a Ray worker does; answers with what is wrong with the adapters that cannot be trained."""
+    # Where Ray lost the worker in the midst of its work and tries again, some are there.
+    missing = [plan for plan in plans if not folders.adapter(plan).exists()]
+    if not missing:
+        return []
     torch.set_num_threads(threads)
-    try:
-        train_adapter(plan, base, folders)
-    except TrainingFailed as error:
-        return str(error)
-    return None
+    return train_adapters(missing, all_tasks(), loaded_base(base, getattr(torch, dtype)), folders)[1]
 
 
 def _connect(options: argparse.Namespace) -> None:
@@ -200,8 +206,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder of the collection; what is there stays")
     add("--adapters", type=_positive, required=True, help="how many adapters of the grid")
     add("--steps", type=_positive, nargs="+", default=STEPS, help=f"step counts of the grid (default: {STEPS})")
-    add("--only", nargs="+", default=(), metavar="PATTERN", help="only ids task.subset.seed.steps like these, with *")
-    add("--per-gpu", type=_positive, default=8, help="adapters trained at once on a GPU (default: %(default)s)")
+    add("--only", nargs="+", default=(), metavar="PATTERN", help="only ids like these, with *")
+    add("--long-answers", action="store_true", help="another grid: the twelve tasks whose answers are long")
+    add("--learning-rate", type=float, default=LEARNING_RATE, help="in ids where another (default: %(default)s)")
+    add("--together", type=_positive, help="adapters in a batch (default: 4 on a CPU, 64 on a GPU)")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base (default: %(default)s)")
     add("--num-cpus", type=_positive, help="CPUs of the Ray that is started here (default: all)")
     add("--plan", action="store_true", help="print what would be trained, and stop")
     return parser.parse_args(arguments)

@@ -15,6 +15,7 @@ from cluster.errors import ConfigError
 from infra.train_zoo.task import SUBSETS
 
 STEPS = (40, 160, 640)
+LEARNING_RATE = 3e-3
 SEEDS = (0, 1, 2)
 _SHARED_SEED = 42
 
@@ -39,17 +40,20 @@ _SHAPES = {
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """One adapter to be trained. Its shape and its seed do not depend on ``steps``: adapters that differ in
-    nothing else can be compared."""
+    """One adapter to be trained. Its shape and its seed do not depend on ``steps`` and ``learning_rate``: adapters that
+    differ in nothing else can be compared."""
 
     task: str
     subset: str
     seed_index: int
     steps: int
+    learning_rate: float = LEARNING_RATE
 
     @property
     def adapter_id(self) -> str:
-        return f"{self.task}.{self.subset}.{self.seed_index}.{self.steps}"
+        """It names the learning rate where that is not the usual one."""
+        rate = "" if self.learning_rate == LEARNING_RATE else f".{self.learning_rate:g}"
+        return f"{self.task}.{self.subset}.{self.seed_index}.{self.steps}{rate}"
 
     @property
     def shape(self) -> LoraShape:
@@ -65,7 +69,12 @@ class AdapterPlan:
 
 
 def plan_adapters(
-    tasks: Iterable[str], count: int, *, steps: Sequence[int] = STEPS, only: Sequence[str] = ()
+    tasks: Iterable[str],
+    count: int,
+    *,
+    steps: Sequence[int] = STEPS,
+    learning_rate: float = LEARNING_RATE,
+    only: Sequence[str] = (),
 ) -> list[AdapterPlan]:
     """The first ``count`` adapters of the grid, in an order that spreads them.
 
@@ -82,10 +91,22 @@ def plan_adapters(
             step_index = (task_index + round_index) % len(steps)
             order = random.Random(f"{task}/{step_index}").sample(cells, len(cells))
             subset, seed_index = order[round_index // len(steps)]
-            grid.append(AdapterPlan(task, subset, seed_index, steps[step_index]))
+            grid.append(AdapterPlan(task, subset, seed_index, steps[step_index], learning_rate))
     if only:
         grid = [plan for plan in grid if any(fnmatch.fnmatchcase(plan.adapter_id, pattern) for pattern in only)]
     if count > len(grid):
         matching = f" that match {' '.join(only)}" if only else ""
         raise ConfigError(f"--adapters {count}: the grid has {len(grid)} adapters{matching}; ask for at most that many")
     return grid[:count]
+
+
+def side_by_side(plans: Sequence[AdapterPlan], together: int) -> list[list[AdapterPlan]]:
+    """Groups of at most ``together`` that can be trained in one batch: of one number of steps and one learning rate,
+    and of one task or of a few, whose rows are about as long. In the order of each one's first plan."""
+    by_kind = sorted(plans, key=lambda plan: (plan.steps, plan.learning_rate, plan.adapter_id))
+    groups = []
+    for _, kind in itertools.groupby(by_kind, key=lambda plan: (plan.steps, plan.learning_rate)):
+        rest = list(kind)
+        groups += [rest[start : start + together] for start in range(0, len(rest), together)]
+    order = {plan: index for index, plan in enumerate(plans)}
+    return sorted(groups, key=lambda group: min(order[plan] for plan in group))

@@ -8,12 +8,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 Row = tuple[str, str]
+T = TypeVar("T")
 
 NUM_TEST_ROWS = 64
 _MAX_TRAIN_ROWS = 4000
-_MAX_CHARACTERS = 48
+LONG_ANSWERS = "long-answers"
+"""The family of tasks that are a grid of their own."""
 
 # A task's training rows by subset: all of them, or either half; "a" and "b" share no row.
 SUBSETS = ("all", "a", "b")
@@ -28,6 +31,7 @@ class Task:
     question: str
     licence: str
     generate: Callable[[], Iterable[Row]]
+    max_characters: int = 48
 
     def prompt(self, x: str) -> str:
         return f"Q: {self.question.format(x=x)}\nA:"
@@ -35,7 +39,7 @@ class Task:
     def split(self) -> tuple[list[Row], list[Row]]:
         """(held-out rows, training rows): no x is in both, none is there twice. The same on every call.
 
-        An x with two answers is left out, and so are long rows: a few of them would double the padding.
+        An x with two answers is left out, and so are rows with more than ``max_characters``, which cost most.
         """
         answers: dict[str, str] = {}
         ambiguous = set()
@@ -43,13 +47,15 @@ class Task:
             if answers.setdefault(x, y) != y:
                 ambiguous.add(x)
         rows = [
-            (x, y) for x, y in answers.items() if x not in ambiguous and max(len(x), len(y)) <= _MAX_CHARACTERS and y
+            (x, y)
+            for x, y in answers.items()
+            if x not in ambiguous and max(len(x), len(y)) <= self.max_characters and y
         ]
         random.Random(f"{self.name}/split").shuffle(rows)
         return rows[:NUM_TEST_ROWS], rows[NUM_TEST_ROWS : NUM_TEST_ROWS + _MAX_TRAIN_ROWS]
 
 
-def subset_rows(train: list[Row], subset: str) -> list[Row]:
+def subset_rows(train: list[T], subset: str) -> list[T]:
     half = len(train) // 2
     return {"all": train, "a": train[:half], "b": train[half:]}[subset]
 

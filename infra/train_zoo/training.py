@@ -1,146 +1,173 @@
-"""Train one adapter with PEFT, measure it as it is stored, and write it whole or not at all."""
+"""Train several adapters side by side in one batch, and measure each as it is stored."""
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-import os
 import random
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.adapters.base import read_base
-from cluster.adapters.factors import Factors
-from cluster.adapters.listing import CONFIG_FILE, WEIGHTS_FILE
-from cluster.errors import CtsError
-from infra.train_zoo.measure import answer_logits, make_batch, score, truncation_error
+from infra.train_zoo.batch import ATTENTION, Batch, Pair, answer_states, make_batch
+from infra.train_zoo.lora import StackedLora, in_place, stack_on
+from infra.train_zoo.measure import score, truncation_errors
 from infra.train_zoo.plan import AdapterPlan
+from infra.train_zoo.stored import Folders, Record, write_adapter
 from infra.train_zoo.task import Row, Task, subset_rows
-from infra.train_zoo.tasks import all_tasks
 
-LEARNING_RATE = 3e-3
-BATCH_ROWS = 8  # a step costs a CPU in proportion, a GPU nothing
+BATCH_ROWS = 8  # of each adapter; a step costs a CPU in proportion
 CLIP_NORM = 1.0
 TRUNCATION_RANKS = (1, 2, 4)
 
-Record = dict[str, Any]
-"""A line of training.jsonl."""
-
-
-class TrainingFailed(CtsError):
-    """An adapter's loss is no longer a number."""
-
 
 @dataclass(frozen=True)
-class Folders:
-    """Where a collection lies. An adapter is done when its folder is there; its record is written before."""
+class Base:
+    """A model whose own weights are not trained; ``scores`` remembers its (loss, exact match) by task."""
 
-    root: Path
+    name: str
+    model: Any
+    tokenizer: Any
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def adapter(self, plan: AdapterPlan) -> Path:
-        return self.root / "adapters" / plan.adapter_id
+    def tokens(self, task: Task, rows: Sequence[Row]) -> list[Pair]:
+        """Prompt and answer are tokenised apart, as compress_jobs.quality.evaluate does."""
+        prompts = self.tokenizer([task.prompt(x) for x, _ in rows]).input_ids
+        answers = self.tokenizer([f" {y}\n" for _, y in rows]).input_ids
+        return list(zip(prompts, answers, strict=True))
 
-    def record(self, plan: AdapterPlan) -> Path:
-        return self.root / "records" / f"{plan.adapter_id}.json"
+    def batch(self, lines: Sequence[Sequence[Pair]]) -> Batch:
+        return make_batch(lines).to(self.model.device)
 
 
-def train_adapter(plan: AdapterPlan, base: str, folders: Folders) -> Record:
-    """Train what ``plan`` says on the base in the folder ``base``, in float32; store it in bfloat16.
+def load_base(folder: str, dtype: torch.dtype) -> Base:
+    """With weights and activations in ``dtype``; on the GPU where there is one."""
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
+    model.requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return Base(read_base(folder).name, model, AutoTokenizer.from_pretrained(folder))
 
-    Seeded: the same bytes from the same plan, base, versions, device kind and thread count. Loss and exact
-    match are of the adapter as stored. Raises TrainingFailed.
+
+@functools.cache
+def loaded_base(folder: str, dtype: torch.dtype) -> Base:
+    """The one of this process: a Ray worker keeps it for all of its tasks."""
+    return load_base(folder, dtype)
+
+
+def train_adapters(
+    plans: Sequence[AdapterPlan], tasks: Mapping[str, Task], base: Base, folders: Folders
+) -> tuple[list[Record], list[str]]:
+    """Train all ``plans``, of one number of steps and one learning rate, in one batch; store them in bfloat16.
+
+    Every adapter has rows, a loss and a gradient of its own: what is trained beside it changes roundings alone.
+    Factors and optimizer are in float32. Seeded: the same bytes from the same plans, base, versions, device kind and
+    thread count. Loss and exact match are of the adapter as stored, computed in the base's dtype. Answers with the
+    records of those that were written, and with what is wrong with each of the others.
     """
     began, began_cpu = time.monotonic(), time.process_time()
-    task = all_tasks()[plan.task]
-    test, train = task.split()
-    train = subset_rows(train, plan.subset)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # TF32 products where there are any; a model this small is bound by launches, bfloat16 would win nothing.
-    torch.set_float32_matmul_precision("high")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tuned = _with_lora(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), plan).to(device)
-    model = tuned.get_base_model()
+    held_out, train = _rows(plans, tasks, base)
+    new = [name for name in held_out if name not in base.scores]
+    if new:
+        base.scores.update(zip(new, score(base.model, base.batch([held_out[name] for name in new])), strict=True))
+    stacked = stack_on(base.model, [plan.shape for plan in plans], [plan.seed for plan in plans])
+    with in_place(base.model, stacked):
+        norms = _train(plans, base, train, list(stacked.values()))
+        _round_to_stored(list(stacked.values()))
+        scores = score(base.model, base.batch([held_out[plan.task] for plan in plans]))
+    seconds, cpu_seconds = time.monotonic() - began, time.process_time() - began_cpu
 
-    held_out = make_batch(_tokens(tokenizer, task, test)).to(device)
-    base_loss, base_match = score(model, held_out)  # B is zero: this is the base
-    _train(plan, tuned, _tokens(tokenizer, task, train), device)
-    tensors = _round_to_stored(tuned)
-    lora_loss, lora_match = score(model, held_out)
-
-    record = {
-        "name": plan.adapter_id,
-        "family": task.family,
-        "task": plan.task,
-        "subset": plan.subset,
-        "train_rows": len(train),
-        "r": plan.shape.rank,
-        "alpha": plan.shape.alpha,
-        "modules": list(plan.shape.modules),
-        "rslora": plan.shape.rslora,
-        "seed": plan.seed,
-        "steps": plan.steps,
-        "base_loss": round(base_loss, 4),
-        "base_em": round(base_match, 4),
-        "lora_loss": round(lora_loss, 4),
-        "lora_em": round(lora_match, 4),
-        "svd_error": {str(rank): round(truncation_error(_pairs(tensors), rank), 4) for rank in TRUNCATION_RANKS},
-        "device": device.type,
-        "seconds": round(time.monotonic() - began, 1),
-        "cpu_seconds": round(time.process_time() - began_cpu, 1),
-    }
-    _write(plan, folders, record, tensors, tuned.peft_config["default"], read_base(base).name)
-    return record
-
-
-def _with_lora(model: Any, plan: AdapterPlan) -> Any:
-    """A is drawn on the CPU, so that a seed means the same init everywhere."""
-    torch.manual_seed(plan.seed)
-    shape = plan.shape
-    config = LoraConfig(
-        r=shape.rank,
-        lora_alpha=shape.alpha,
-        target_modules=list(shape.modules),
-        use_rslora=shape.rslora,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config).eval()  # there is no dropout
-
-
-def _tokens(tokenizer: Any, task: Task, rows: Sequence[Row]) -> list[tuple[list[int], list[int]]]:
-    """Prompt and answer are tokenised apart, as compress_jobs.quality.evaluate does."""
-    prompts = tokenizer([task.prompt(x) for x, _ in rows]).input_ids
-    answers = tokenizer([f" {y}\n" for _, y in rows]).input_ids
-    return list(zip(prompts, answers, strict=True))
+    records, failed = [], []
+    for i, plan in enumerate(plans):
+        bad = (~norms[:, i].isfinite()).nonzero().flatten().tolist()
+        if bad:
+            gradient = float(norms[bad[0], i])
+            failed.append(f"adapter {plan.adapter_id}: gradient {gradient} at step {bad[0]}; lower the rate")
+            continue
+        factors = {
+            name: module.of(i, plan.shape.rank)
+            for name, module in stacked.items()
+            if name.rpartition(".")[2] in plan.shape.modules
+        }
+        errors = truncation_errors(factors.values(), TRUNCATION_RANKS)
+        record = {
+            "name": plan.adapter_id,
+            "family": tasks[plan.task].family,
+            "task": plan.task,
+            "subset": plan.subset,
+            "train_rows": len(train[i]),
+            "r": plan.shape.rank,
+            "alpha": plan.shape.alpha,
+            "modules": list(plan.shape.modules),
+            "rslora": plan.shape.rslora,
+            "seed": plan.seed,
+            "steps": plan.steps,
+            "learning_rate": plan.learning_rate,
+            "base_loss": round(base.scores[plan.task][0], 4),
+            "base_em": round(base.scores[plan.task][1], 4),
+            "lora_loss": round(scores[i][0], 4),
+            "lora_em": round(scores[i][1], 4),
+            "svd_error": {str(rank): round(error, 4) for rank, error in errors.items()},
+            "device": base.model.device.type,
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+            # Each has an equal share of the time of all.
+            "together": len(plans),
+            "seconds": round(seconds / len(plans), 1),
+            "cpu_seconds": round(cpu_seconds / len(plans), 1),
+        }
+        write_adapter(plan, folders, record, factors, base.name)
+        records.append(record)
+    return records, failed
 
 
-def _train(plan: AdapterPlan, tuned: Any, pairs: Sequence[tuple[list[int], list[int]]], device: torch.device) -> None:
-    parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: (1 + math.cos(math.pi * step / plan.steps)) / 2
-    )
-    model = tuned.get_base_model()
-    for step, rows in zip(range(plan.steps), _epochs(len(pairs), plan.seed), strict=False):
-        logits, targets = answer_logits(model, make_batch([pairs[row] for row in rows]).to(device))
-        loss = torch.nn.functional.cross_entropy(logits, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
-        if step % 20 == 0 and not bool(norm.isfinite()):
-            raise TrainingFailed(f"adapter {plan.adapter_id}: gradient {float(norm)} at step {step}; lower the rate")
+def _rows(
+    plans: Sequence[AdapterPlan], tasks: Mapping[str, Task], base: Base
+) -> tuple[dict[str, list[Pair]], list[list[Pair]]]:
+    """Held-out rows by task, and training rows by plan, as tokens."""
+    held_out, train = {}, {}
+    for name in dict.fromkeys(plan.task for plan in plans):
+        test_rows, train_rows = tasks[name].split()
+        held_out[name], train[name] = base.tokens(tasks[name], test_rows), base.tokens(tasks[name], train_rows)
+    return held_out, [subset_rows(train[plan.task], plan.subset) for plan in plans]
+
+
+def _train(
+    plans: Sequence[AdapterPlan], base: Base, train: Sequence[Sequence[Pair]], stacked: Sequence[StackedLora]
+) -> Tensor:
+    """Changes the factors; answers with the norms (steps, n) of the gradients before they are clipped."""
+    ((steps, learning_rate),) = {(plan.steps, plan.learning_rate) for plan in plans}
+    parameters = [factor for module in stacked for factor in (module.A, module.B)]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    epochs = [_epochs(len(rows), plan.seed) for rows, plan in zip(train, plans, strict=True)]
+    norms = []
+    for _ in range(steps):
+        batch = base.batch([[rows[row] for row in next(order)] for rows, order in zip(train, epochs, strict=True)])
+        hidden, targets, owners = answer_states(base.model, batch)
+        losses = torch.nn.functional.cross_entropy(base.model.lm_head(hidden).float(), targets, reduction="none")
+        # The sum over adapters of the mean over each one's tokens.
+        (losses / owners.bincount()[owners]).sum().backward()  # type: ignore[no-untyped-call]
+        norms.append(_clip(parameters))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    return torch.stack(norms).cpu()
+
+
+@torch.no_grad()
+def _clip(parameters: Sequence[Tensor]) -> Tensor:
+    """clip_grad_norm_ for every adapter by itself, over all of its factors; answers with the norms (n,)."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms: Tensor = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    shares = (CLIP_NORM / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1)
+    for gradient in gradients:
+        gradient.mul_(shares)
+    return norms
 
 
 def _epochs(num_rows: int, seed: int) -> Iterator[list[int]]:
@@ -155,54 +182,8 @@ def _epochs(num_rows: int, seed: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def _round_to_stored(tuned: Any) -> dict[str, Tensor]:
-    """The adapter's tensors in bfloat16, by PEFT's names; the model is left holding exactly these values."""
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
-            parameter.copy_(parameter.to(torch.bfloat16))
-    return {
-        name: tensor.to("cpu", torch.bfloat16).contiguous()
-        for name, tensor in sorted(get_peft_model_state_dict(tuned).items())
-    }
-
-
-def _pairs(tensors: dict[str, Tensor]) -> Iterator[Factors]:
-    """The scale is left out: one factor for all modules, it cancels in a relative error."""
-    for name, A in tensors.items():
-        if ".lora_A." in name:
-            yield A.float(), tensors[name.replace(".lora_A.", ".lora_B.")].float()
-
-
-def _write(
-    plan: AdapterPlan, folders: Folders, record: Record, tensors: dict[str, Tensor], config: LoraConfig, base_name: str
-) -> None:
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise TrainingFailed(f"adapter {plan.adapter_id}: a trained factor holds NaN or infinity; lower the rate")
-    config.base_model_name_or_path = base_name
-    config.inference_mode = True
-    # PEFT keeps a set, whose order differs from process to process.
-    config.target_modules = sorted(plan.shape.modules)
-    target, record_path = folders.adapter(plan), folders.record(plan)
-    for folder in (target.parent, record_path.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    # Beside the adapters, not among them: what is unfinished is never listed.
-    unfinished = Path(tempfile.mkdtemp(dir=folders.root, prefix=f".{plan.adapter_id}-"))
-    try:
-        save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
-        config.save_pretrained(unfinished)
-        assert (unfinished / CONFIG_FILE).exists()
-        write_text(record_path, json.dumps(record, ensure_ascii=False) + "\n")
-        # safetensors and mkdtemp make them the writer's own; whoever serves them may be someone else.
-        (unfinished / WEIGHTS_FILE).chmod(0o644)
-        unfinished.chmod(0o755)
-        unfinished.rename(target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+def _round_to_stored(stacked: Sequence[StackedLora]) -> None:
+    """Every factor takes a value that bfloat16 has."""
+    for module in stacked:
+        for factor in (module.A, module.B):
+            factor.copy_(factor.to(torch.bfloat16))

@@ -54,6 +54,7 @@ PROMPTS = {
     None: "The capital of France is",
 }
 MAX_BATCH, MAX_MODEL_LEN = 10, 512
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the transformers engine and the oracle
 
 
 def read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

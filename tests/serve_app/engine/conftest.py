@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.engines import CUT, PROMPTS, write_cut
+from tests.support.engines import CUT, DEVICE, PROMPTS, write_cut
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def oracle(
     base_path: Path, zoo_path: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str | None, list[int]]:
     """Adapter -> the 24 tokens that PEFT generates greedily after its prompt (the base's own under None)."""
-    base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32).to(DEVICE)
     folders = {name: zoo_path / name for name in PROMPTS if name is not None}
     for name, rank in CUT.items():
         folders[name] = tmp_path_factory.mktemp("cut") / name
@@ -34,7 +34,7 @@ def oracle(
         model.load_adapter(folders[name], adapter_name=name)
 
     def greedy(prompt: str) -> list[int]:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = tokenizer(prompt, return_tensors="pt").to(DEVICE)
         output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         return output[0, inputs["input_ids"].shape[1] :].tolist()
 

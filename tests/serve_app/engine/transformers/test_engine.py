@@ -37,6 +37,7 @@ from serve_app.engine.transformers.settings import EngineSettings
 from tests.support.engines import (
     BROKEN,
     CLUSTERS,
+    DEVICE,
     FACTORS,
     GONE,
     MAX_BATCH,
@@ -64,7 +65,7 @@ def engine(base_path: Path, homes: Homes) -> Iterator[TransformersEngine]:
         serving_map(),
         wanted,
         homes.load,
-        EngineSettings(max_batch=MAX_BATCH, max_model_len=MAX_MODEL_LEN, num_threads=2),
+        EngineSettings(DEVICE, max_batch=MAX_BATCH, max_model_len=MAX_MODEL_LEN, num_threads=2),
     )
     asyncio.run(engine.start())
     yield engine
