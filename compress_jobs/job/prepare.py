@@ -11,7 +11,7 @@ from cluster.adapters.listing import Listing, list_collection
 from cluster.adapters.record import AdapterFiles
 from cluster.bundle.removed import read_removed
 from cluster.bundle.revisions import Current, read_current, read_manifest
-from cluster.compression.sample import sample_modules
+from cluster.compression.sample import MANY, sample_modules
 from cluster.errors import BundleError, ConfigError, StoreMissing
 from cluster.store.address import open_store
 from cluster.store.protocol import Store
@@ -24,7 +24,7 @@ from compress_jobs.job.options import RunOptions, matching
 from compress_jobs.progress import say
 
 # A few modules of every kind, and fewer where there are so many adapters that a sample is large.
-_SAMPLED_PER_KIND, _SAMPLED_OF_MANY, _MANY = 3, 1, 256
+_SAMPLED_PER_KIND, _SAMPLED_OF_MANY = 3, 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def prepare(options: RunOptions) -> Job:
     say(f"{len(folders)} adapters in {options.adapters}")
     say_untold(base, options.base, folders)
     check_drops(options, served, with_folder, {files.adapter_id for files in folders})
-    per_kind = _SAMPLED_PER_KIND if len(folders) < _MANY else _SAMPLED_OF_MANY
+    per_kind = _SAMPLED_PER_KIND if len(folders) < MANY else _SAMPLED_OF_MANY
     sampled = tuple(sample_modules(list(base.modules), per_kind))
     context = replace(context, job_id=job_id(options, base, folders), sampled=sampled)
     return Job(context, store, folders, current[1] if current else None, served, with_folder, notes, relative)
