@@ -32,7 +32,7 @@ from compress_jobs.job.cluster import Clustered
 from compress_jobs.job.context import JobContext, peak_memory_bytes
 from compress_jobs.job.parts import once, tensors_stand, write_tensors
 from compress_jobs.job.prepare import Job
-from compress_jobs.progress import track
+from compress_jobs.progress import say, track
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 _PROCESS_BYTES = 600 << 20
@@ -146,8 +146,8 @@ def fit_all(job: Job, chosen: Chosen, clustered: Clustered | None) -> Fitted:
     squared_errors = {module: [0.0] * len(records) for module in touched}
     changed: dict[int, str] = {}
     bytes_read = peak = 0
-    results = tasks.run_bounded(task, calls, job.in_flight)
-    for index, fits in track(results, len(calls), f"fit {len(layers)} layers, {len(groups)} groups of clusters"):
+    say(f"fit: {len(layers)} layers, clusters in {len(groups)} groups")
+    for index, fits in track(tasks.run_bounded(task, calls, job.in_flight), len(calls), "fit"):
         adapters = calls[index][3].adapters
         for fit in fits:
             for module, errors in fit.squared_errors.items():

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from cluster.errors import ConfigError
-from compress_jobs.job import cluster, cluster_many, fit
+from compress_jobs.job import cluster, cluster_many, fit, tasks
 from compress_jobs.job.run import Outcome
+from compress_jobs.report.summary import Summary
 from infra.bench.collection import Collection, write
 from tests.support.jobs import current_manifest, object_bytes, run_job
 
@@ -45,17 +46,21 @@ def mean_error(out: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def together(kin: Path, tmp_path_factory: pytest.TempPathFactory, ray_for_jobs: None) -> Path:
+def together(kin: Path, tmp_path_factory: pytest.TempPathFactory, ray_for_jobs: None) -> tuple[Path, Summary]:
     """Clustered in one task, as few are."""
     out = tmp_path_factory.mktemp("together")
-    run(kin, out)
-    return out
+    outcome = run(kin, out)
+    assert outcome.summary is not None
+    return out, outcome.summary
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("many")
-def test_rounds_find_families_as_one_task_does_and_tell_their_errors(kin: Path, tmp_path: Path, together: Path) -> None:
+def test_rounds_find_families_as_one_task_does_and_tell_their_errors(
+    kin: Path, tmp_path: Path, together: tuple[Path, Summary]
+) -> None:
     summary = run(kin, tmp_path).summary
-    assert mean_error(tmp_path) <= 1.05 * mean_error(together)
+    assert mean_error(tmp_path) <= 1.05 * mean_error(together[0])
     sizes = Counter(adapter["cluster"] for adapter in current_manifest(tmp_path)["adapters"].values())
     assert len(sizes) == CLUSTERS
     assert max(sizes.values()) <= math.ceil(1.25 * NUM / CLUSTERS)
@@ -67,18 +72,20 @@ def test_rounds_find_families_as_one_task_does_and_tell_their_errors(kin: Path, 
     assert [len(row) for row in summary.similarity or []] == [CLUSTERS] * CLUSTERS
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("many")
 def test_those_that_are_placed_afterwards_find_their_family(
-    kin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kin: Path, tmp_path: Path, together: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_many, "_TOGETHER", 80)
     monkeypatch.setattr(cluster_many, "_A_CLUSTER", 20)
-    summary = run(kin, tmp_path).summary
-    assert summary is not None
-    assert summary.random_split is not None
-    assert mean_error(tmp_path) < 0.95 * summary.random_split.mean
+    run(kin, tmp_path)
+    at_random = together[1].random_split
+    assert at_random is not None
+    assert mean_error(tmp_path) < 0.95 * at_random.mean
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("many")
 def test_a_clustering_that_was_stopped_goes_on_and_gives_the_same_bytes(
     kin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -107,8 +114,9 @@ def test_a_clustering_that_was_stopped_goes_on_and_gives_the_same_bytes(
     assert object_bytes(tmp_path / "out") == object_bytes(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_task_of_little_memory_fits_one_cluster_at_a_time_and_gives_the_same_bytes(
-    kin: Path, tmp_path: Path, together: Path, monkeypatch: pytest.MonkeyPatch
+    kin: Path, tmp_path: Path, together: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fit, "_PROCESS_BYTES", 1 << 20)
     fitted = []
@@ -116,9 +124,12 @@ def test_a_task_of_little_memory_fits_one_cluster_at_a_time_and_gives_the_same_b
     monkeypatch.setattr(fit.Group, "of", staticmethod(lambda *given: fitted.append(given[0]) or held(*given)))
     run(kin, tmp_path, task_memory="1.7 MB")
     assert fitted == [[cluster] for cluster in range(CLUSTERS)]
-    assert object_bytes(tmp_path) == object_bytes(together)
+    assert object_bytes(tmp_path) == object_bytes(together[0])
 
 
-def test_too_little_memory_for_one_cluster_is_refused_with_the_figure_needed(kin: Path, tmp_path: Path) -> None:
+def test_too_little_memory_for_one_cluster_is_refused_with_the_figure_needed() -> None:
     with pytest.raises(ConfigError, match=r"--task-memory 100MiB: the largest cluster takes 601MiB to fit"):
-        run(kin, tmp_path, task_memory="100MiB")
+        tasks.memory_of_a_task("100MiB", (600 << 20) + 1)
+    assert tasks.memory_of_a_task("700MiB", 600 << 20) == 700 << 20
+    with pytest.raises(ConfigError, match="the largest cluster takes .* add a larger node"):
+        tasks.memory_of_a_task("", 1 << 60)
