@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from cluster.adapters.record import AdapterRecord
 from cluster.compression.stack import FactorStack
 
+MANY = 256
+"""From so many adapters on a sample has one module of every kind, and adapters are clustered by leading.py."""
+
 
 @dataclass(frozen=True)
 class Sample:

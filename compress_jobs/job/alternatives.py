@@ -10,7 +10,7 @@ import numpy as np
 
 from cluster.compression.balanced import Labels, random_balanced
 from cluster.compression.clustering import adapter_errors
-from cluster.compression.sample import kind_energies
+from cluster.compression.sample import MANY, kind_energies
 from compress_jobs.job import tasks
 from compress_jobs.job.adapter_error import AdapterError
 from compress_jobs.job.choose import Chosen
@@ -19,7 +19,7 @@ from compress_jobs.job.fit import Fitted
 from compress_jobs.job.grade import Grades
 from compress_jobs.job.parts import once
 from compress_jobs.job.prepare import Job
-from compress_jobs.job.sample import KindEnergies, read_sample
+from compress_jobs.job.sample import KindEnergies, of_adapters, read_sample
 
 FEW = 0.1  # of those meant for a basis may stand alone without a word
 _MOST = 0.9
@@ -48,17 +48,30 @@ def alternatives(
     kept = ordered[: math.ceil(_MOST * len(ordered))]
     kept_by: dict[str, float] = {}
     if job.asked.needs_sample and chosen.records.keys() == set(fitted.adapter_ids):
-        energies = kind_energies(list(chosen.records.values()))
-        task = tasks.remote(try_others)
-        kept_by = tasks.run_one(task, chosen.context, list(fitted.adapter_ids), list(fitted.labels), energies)
+        some = _some_clusters(fitted.labels)
+        ids, labels = [fitted.adapter_ids[i] for i in some], [fitted.labels[i] for i in some]
+        energies = of_adapters(kind_energies(list(chosen.records.values())), some)
+        total = len(set(fitted.labels))
+        kept_by = tasks.run_one(tasks.remote(try_others), chosen.context, ids, labels, energies, total)
     # Rounded up, so that the gate that is printed keeps them.
     return Alternatives(math.ceil(kept[-1] * 1000) / 1000, math.fsum(kept) / len(kept), kept_by)
 
 
+def _some_clusters(labels: Sequence[int]) -> list[int]:
+    """The adapters of the first clusters: all, or as many as stand for the others."""
+    sizes = np.cumsum(np.bincount(labels))
+    last = int(np.searchsorted(sizes, MANY))
+    return [i for i, label in enumerate(labels) if label <= last]
+
+
 def try_others(
-    context: JobContext, adapter_ids: Sequence[str], labels: Sequence[int], energies: KindEnergies
+    context: JobContext,
+    adapter_ids: Sequence[str],
+    labels: Sequence[int],
+    energies: KindEnergies,
+    total_clusters: int,
 ) -> dict[str, float]:
-    """Option -> share of the adapters that would meet the gate."""
+    """Option -> share of the adapters that would meet the gate. ``total_clusters``: with those of other adapters."""
     options = context.options
 
     def step() -> dict[str, float]:
@@ -77,7 +90,7 @@ def try_others(
             if clusters * times <= len(adapter_ids) // 2:
                 # At random: a clustering of so many takes longer, and is seldom far better.
                 split = random_balanced(len(adapter_ids), clusters * times, np.random.default_rng(options.seed))
-                found[f"--clusters {clusters * times}"] = share(split, rank)
+                found[f"--clusters {total_clusters * times}"] = share(split, rank)
         return found
 
     return once(context, f"{context.fits}alternatives-{options.gate}", dict[str, float], step)

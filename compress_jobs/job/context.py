@@ -18,9 +18,19 @@ from cluster.store.protocol import Store
 from compress_jobs.job.options import RunOptions
 
 # Part of every job's id: parts that were left by code with another idea of them are never picked up.
-_PARTS_FORMAT = 4
+_PARTS_FORMAT = 5
 # These change nothing of what is computed.
-_INDIFFERENT = ("num_cpus", "in_flight", "out", "restore", "max_refused", "allow_missing", "allow_drop", "tasks")
+_INDIFFERENT = (
+    "num_cpus",
+    "in_flight",
+    "task_memory",
+    "out",
+    "restore",
+    "max_refused",
+    "allow_missing",
+    "allow_drop",
+    "tasks",
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 from cluster.adapters.layout import Layout
 from cluster.bundle.manifest import ISOLATIONS, METHODS, Method
 from cluster.errors import ConfigError
+from cluster.units import parse_size
 
 DTYPES = ("bfloat16", "float32")
 DROPS = re.compile(r"[0-9]{1,9}|all")
@@ -107,6 +108,9 @@ class RunOptions:
         0, "CPUs of the Ray that is started here where RAY_ADDRESS names none (0: all)", metavar="N"
     )
     in_flight: int = _option(0, "Ray tasks in flight at once (0: twice the CPUs)", metavar="N")
+    task_memory: str = _option(
+        "", "memory that one fit task may take, such as 2GiB (default: a node's over its CPUs)", metavar="SIZE"
+    )
 
     def __post_init__(self) -> None:
         for name in ("adapters", "base", "out"):
@@ -153,6 +157,11 @@ class RunOptions:
         need(0 <= self.seed < 2**31, "seed", f"is {self.seed}", "expected 0 to 2147483647")
         need(self.num_cpus >= 0, "num-cpus", f"is {self.num_cpus}", "expected 0 or more")
         need(self.in_flight >= 0, "in-flight", f"is {self.in_flight}", "expected 0 or more")
+        if self.task_memory:
+            try:
+                parse_size(self.task_memory)
+            except ValueError as error:
+                raise ConfigError(f"--task-memory is {self.task_memory!r}; expected {error}") from None
 
     @property
     def base_names(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from cluster.adapters.listing import Listing, list_collection
 from cluster.adapters.record import AdapterFiles
 from cluster.bundle.removed import read_removed
 from cluster.bundle.revisions import Current, read_current, read_manifest
-from cluster.compression.sample import sample_modules
+from cluster.compression.sample import MANY, sample_modules
 from cluster.errors import BundleError, ConfigError, StoreMissing
 from cluster.store.address import open_store
 from cluster.store.protocol import Store
@@ -27,7 +27,7 @@ from compress_jobs.quality.gate_choice import NUM_ROWS
 from compress_jobs.quality.task import Task, hash_tasks, read_tasks
 
 # A few modules of every kind, and fewer where there are so many adapters that a sample is large.
-_SAMPLED_PER_KIND, _SAMPLED_OF_MANY, _MANY = 3, 1, 256
+_SAMPLED_PER_KIND, _SAMPLED_OF_MANY = 3, 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def prepare(options: RunOptions) -> Job:
     check_drops(options, served, with_folder, {files.adapter_id for files in folders})
     held_out = _held_out(options, folders)
     rows = hash_tasks(held_out) if held_out else None
-    per_kind = _SAMPLED_PER_KIND if len(folders) < _MANY else _SAMPLED_OF_MANY
+    per_kind = _SAMPLED_PER_KIND if len(folders) < MANY else _SAMPLED_OF_MANY
     sampled = tuple(sample_modules(list(base.modules), per_kind))
     context = replace(context, job_id=job_id(options, base, folders, rows), sampled=sampled)
     etag = current[1] if current else None

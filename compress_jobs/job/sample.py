@@ -11,7 +11,7 @@ from torch import Tensor
 from cluster.adapters.factors import Factors
 from cluster.bundle.manifest import tenant_of
 from cluster.compression.sample import Sample
-from cluster.compression.stack import stack_factors
+from cluster.compression.stack import FactorStack, stack_factors
 from compress_jobs.job.context import JobContext
 from compress_jobs.job.parts import read_tensors
 
@@ -20,14 +20,23 @@ KindEnergies = Mapping[str, NDArray[np.float64]]
 
 
 def read_sample(context: JobContext, adapter_ids: Sequence[str], energies: KindEnergies) -> Sample:
+    return Sample.of(read_stacks(context, adapter_ids), len(adapter_ids), energies)
+
+
+def of_adapters(energies: KindEnergies, adapters: Sequence[int]) -> KindEnergies:
+    return {kind: values[list(adapters)] for kind, values in energies.items()}
+
+
+def read_stacks(context: JobContext, adapter_ids: Sequence[str]) -> dict[str, FactorStack]:
+    """Module -> the adapters that touch it, by their numbers in ``adapter_ids``, in the order in which a ``Sample`` has
+    them."""
     by_module: dict[str, list[tuple[int, Factors]]] = {}
     for member, adapter_id in enumerate(adapter_ids):
         for module, factors in _by_module(read_tensors(context, context.sample_key(adapter_id))).items():
             by_module.setdefault(module, []).append((member, factors))
     # One by one: the sample is the largest thing this task holds, and it need not be there twice.
     stacks = {module: stack_factors(by_module.pop(module)) for module in sorted(by_module)}
-    present = {module: stack for module, stack in stacks.items() if stack is not None}
-    return Sample.of(present, len(adapter_ids), energies)
+    return {module: stack for module, stack in stacks.items() if stack is not None}
 
 
 def _by_module(tensors: dict[str, Tensor]) -> dict[str, Factors]:

@@ -11,6 +11,7 @@ import ray
 import torch
 
 from cluster.errors import ConfigError, CtsError, StoreUnreachable
+from cluster.units import parse_size
 
 # A lost worker is tried again, and so is a store that stayed away; wrong input never is.
 _RETRIES = {"max_retries": 3, "retry_exceptions": [StoreUnreachable]}
@@ -36,17 +37,37 @@ def remote(step: Callable[..., Any]) -> Any:
     return ray.remote(num_cpus=1, **_RETRIES)(run)
 
 
-def with_memory(task: Any, memory_bytes: int) -> Any:
-    """The task, asking Ray for the memory it may take, and for a GPU where there is one.
+def memory_of_a_task(asked: str, needed: int) -> int:
+    """Bytes that a fit task may hold: ``asked`` (--task-memory), or by default what a node has for each of its CPUs, to
+    the power of two below, so that it is the same from start to start; ``needed`` (of the largest cluster alone) where
+    that is more.
 
-    Raises ConfigError when no node has that much: Ray would wait for one for ever.
+    Raises ConfigError when ``needed`` is more than was asked for, or than any node has: Ray would wait for one for
+    ever.
     """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     largest = largest_node_memory()
-    if memory_bytes > largest:
+    if asked and needed > parse_size(asked):
         raise ConfigError(
-            f"a fit task may take {memory_bytes >> 20} MiB, for it holds two layers of all adapters; the largest node "
-            f"of this Ray cluster offers {largest >> 20} MiB: add a larger node, or split the collection"
+            f"--task-memory {asked}: the largest cluster takes {_mib(needed)} to fit; give that, or more clusters"
         )
+    if needed > largest:
+        raise ConfigError(
+            f"the largest cluster takes {_mib(needed)} to fit, and the largest node of this Ray cluster offers "
+            f"{largest >> 20} MiB: add a larger node, or give more clusters"
+        )
+    if asked:
+        return min(parse_size(asked), largest)
+    by_cpu = min(int(node.get("memory", 0) / node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1)
+    return max(needed, 1 << by_cpu.bit_length() - 1)
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{-(-size_bytes // (1 << 20))}MiB"
+
+
+def with_memory(task: Any, memory_bytes: int) -> Any:
+    """The task, asking Ray for the memory it may take, and for a GPU where there is one."""
     num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     return task.options(memory=memory_bytes, num_gpus=num_gpus)
 

@@ -113,6 +113,7 @@ def summary_of(done: Compressed, manifest: Manifest, costs: Costs) -> Summary:
     served = compared or [
         adapter_id for adapter_id, adapter in manifest.adapters.items() if adapter.mode == "truncated"
     ]
+    measured = [fitted_ids[i] for i in clustered.measured] if clustered else []
     sampled, at_random = (clustered.errors, clustered.random_errors) if clustered else ([], [])
     return Summary(
         bundle=manifest.bundle,
@@ -132,8 +133,8 @@ def summary_of(done: Compressed, manifest: Manifest, costs: Costs) -> Summary:
         alternatives=asdict(done.alternatives) if done.alternatives else None,
         served=ErrorFigure.of({adapter_id: manifest.adapters[adapter_id].error for adapter_id in served}),
         on_basis=ErrorFigure.of({adapter_id: on_bases[adapter_id].error for adapter_id in compared}),
-        clustering=ErrorFigure.of(dict(zip(fitted_ids, sampled, strict=False))),
-        random_split=ErrorFigure.of(dict(zip(fitted_ids, at_random, strict=False))),
+        clustering=ErrorFigure.of(dict(zip(measured, sampled, strict=True))),
+        random_split=ErrorFigure.of(dict(zip(measured, at_random, strict=True))),
         svd_equal_bytes=ErrorFigure.of(_svd_errors(done, manifest, compared)),
         clustering_start=clustered.start if clustered else "",
         similarity=_similarity(clustered, manifest) if clustered else None,

@@ -86,7 +86,7 @@ class Freezer:
 KILLS = [
     (r"PUT .*/inspected/", 3, Action.DROP),
     (r"PUT .*/clustered\.json", 1, Action.FORWARD),
-    (r"PUT .*/fits/[^/]+/\d+\.json", 7, Action.DROP),
+    (r"PUT .*/fits/[^/]+/0-1/\d+\.json", 7, Action.DROP),
     (r"PUT .*/fits/[^/]+/\d+-\d+\.safetensors", 11, Action.FORWARD),
     (r"PUT .*/objects/", 2, Action.FORWARD),
     (r"PUT .*/manifest\.json", 1, Action.FORWARD),
@@ -109,7 +109,9 @@ def test_a_job_killed_eight_times_goes_on_each_time_and_does_nothing_twice(
     def check(freezer: Freezer) -> None:
         """Nothing that was there has been written again, nor the sources read for it."""
         nonlocal parts, num_whole, num_ranged
-        fitted = {match[1] for key in parts if (match := re.fullmatch(r"(.*/fits/[^/]+/\d+)\.json", key))}
+        fitted = {
+            match[1] + match[2] for key in parts if (match := re.fullmatch(r"(.*/fits/[^/]+/)0-1/(\d+)\.json", key))
+        }
         done = {key for key in parts if key.endswith(".json") or key.rpartition("-")[0] in fitted}
         assert not done & set(freezer.written)
         num_inspected = sum("/inspected/" in key for key in parts)
@@ -156,7 +158,7 @@ def test_of_twins_that_start_together_both_end_well(
     assert_published_as(undisturbed, open_store(str(tmp_path / "out")))
 
 
-@pytest.mark.parametrize("where", [r"PUT .*/fits/[^/]+/\d+\.json", r"PUT .*/assembled/"])
+@pytest.mark.parametrize("where", [r"PUT .*/fits/[^/]+/0-1/\d+\.json", r"PUT .*/assembled/"])
 def test_a_twin_that_is_overtaken_says_that_it_is_published_and_leaves_nothing(
     s3_server: S3Server, s3_bucket: str, base_path: Path, adapters: Path, undisturbed: Path, where: str
 ) -> None:

@@ -48,6 +48,7 @@ def test_the_line_wins_over_the_file_even_with_a_default_value(tmp_path: Path) -
         ([*REQUIRED, "--gate", "1.5"], "--gate is 1.5"),
         ([*REQUIRED, "--gate", "nan"], "--gate is nan"),
         ([*REQUIRED, "--seed", "-3"], "--seed is -3"),
+        ([*REQUIRED, "--task-memory", "2 gigs"], "--task-memory is '2 gigs'; expected a size such as 80GiB"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
     ],
 )
