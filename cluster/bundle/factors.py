@@ -25,13 +25,15 @@ from cluster.layer import ModuleShape, ModuleWeights
 from cluster.store.protocol import Store
 
 _READS_AT_ONCE = 16
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class FactorsObject:
-    """``where`` names the adapter in what is raised."""
+    """``rank``: the largest that its factors may have. ``where`` names the adapter in what is raised."""
 
     sha: str
+    rank: int
     where: str
 
 
@@ -63,12 +65,12 @@ def read_factors(
     for slots in by_layout.values():
         first = objects[slots[0]]
         try:
-            pairs = factor_pairs(parse_object(blobs[slots[0]], first.sha, first.where), shapes, first.where)
+            pairs = factor_pairs(parse_object(blobs[slots[0]], first.sha, first.where), shapes, first)
         except BundleError as error:
             told = str(error).removeprefix(first.where)
             failures |= {slot: BundleError(objects[slot].where + told) for slot in slots}
         else:
-            blocks.append(_Block(slots, _take_apart([blobs[slot] for slot in slots], pairs)))
+            blocks.append(_Block(slots, _take_apart([blobs.pop(slot) for slot in slots], pairs)))
     num_slots = max(objects) + 1
     modules = sorted({module for block in blocks for module in block.factors})
     touching = {module: [block for block in blocks if module in block.factors] for module in modules}
@@ -76,13 +78,18 @@ def read_factors(
 
 
 def factor_pairs(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, ModuleShape], where: str
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, ModuleShape], stored: FactorsObject
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module -> A (q, d_in), B (d_out, q) of one adapter's object. Raises BundleError unless they fit ``shapes``."""
-    pairs = {}
+    """Module -> A (q, d_in), B (d_out, q) of one adapter's object. Raises BundleError unless they fit ``shapes`` and
+    its rank."""
+    pairs, where = {}, stored.where
+    if not tensors:
+        raise BundleError(f"{where}: its object holds no tensor, expected its factors")
     for module in sorted({name.rpartition(".")[0] for name in tensors}):
         A, B = pair_of(tensors, module, ("A", "B"), where)
         q, shape = A.shape[0], shape_of(shapes, module, where)
+        if not 0 < q <= stored.rank:
+            raise BundleError(f"{where}: tensor {module}.A is of rank {q}, the manifest says {stored.rank} at most")
         check_shape(where, f"{module}.A", A, (q, shape.d_in))
         check_shape(where, f"{module}.B", B, (shape.d_out, q))
         pairs[module] = A, B
@@ -107,7 +114,7 @@ def shape_of(shapes: Mapping[str, ModuleShape], module: str, where: str) -> Modu
 
 
 def check_shape(where: str, tensor_name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected or not tensor.is_floating_point():
+    if tuple(tensor.shape) != expected or tensor.dtype not in _DTYPES:
         raise BundleError(f"{where}: tensor {tensor_name} is {tensor.dtype} {tuple(tensor.shape)}, expected {expected}")
 
 
@@ -164,7 +171,7 @@ def _stack(blocks: Sequence[_Block], module: str, num_slots: int) -> ModuleWeigh
 
 def _join(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The rows of all, smaller ranks filled up with zeros, as the widest dtype has them, and one row of zeros."""
-    dtype = reduce(torch.promote_types, (A.dtype for A, _ in pairs))
+    dtype = reduce(torch.promote_types, (factor.dtype for pair in pairs for factor in pair))
     q, num_rows = max(A.shape[1] for A, _ in pairs), sum(len(A) - 1 for A, _ in pairs)
     A_0, B_0 = pairs[0]
     A_all = torch.zeros(num_rows + 1, q, A_0.shape[2], dtype=dtype)

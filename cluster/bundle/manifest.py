@@ -140,7 +140,7 @@ class Manifest:
 
     def with_own_id(self) -> Manifest:
         """The same manifest, named by its content: revision, parent, ETags (which a re-upload of the same bytes
-        changes), the base's other names and the layout do not count."""
+        changes), the base's other names, the layout and the slots of those that stand alone do not count."""
         anonymous = replace(
             self,
             bundle="",
@@ -148,13 +148,17 @@ class Manifest:
             parent=None,
             base=replace(self.base, accepted=()),
             layout=Layout(),
-            adapters={adapter_id: replace(adapter, etag="") for adapter_id, adapter in self.adapters.items()},
+            adapters={adapter_id: _anonymous(adapter) for adapter_id, adapter in self.adapters.items()},
         )
         return replace(self, bundle="b-" + hashlib.sha256(anonymous.to_json()).hexdigest()[:16])
 
     def resident_bytes(self) -> int:
         """Bytes that a device holding every cluster and every factors object needs for them."""
         return sum(self.objects.values())
+
+
+def _anonymous(adapter: Adapter) -> Adapter:
+    return replace(adapter, etag="", slot=adapter.slot if adapter.rank is None else None)
 
 
 def tenant_of(adapter_id: str) -> str:

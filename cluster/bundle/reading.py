@@ -91,7 +91,7 @@ class Bundle:
     def load_factors(self, adapter_id: str) -> dict[str, Factors]:
         """Module -> (A, B), as stored, of a truncated or raw adapter. Raises BundleError, StoreError."""
         stored = self._factors_object(adapter_id)
-        return factor_pairs(read_object(self.store, stored.sha, stored.where), self.manifest.modules, stored.where)
+        return factor_pairs(read_object(self.store, stored.sha, stored.where), self.manifest.modules, stored)
 
     def home_bytes(self, home: str) -> int:
         """Bytes of a home's tensors as stored."""
@@ -127,8 +127,8 @@ class Bundle:
         return LoadedHome(weights, {slot: f"{type(error).__name__}: {error}" for slot, error in failures.items()})
 
     def _factors_object(self, adapter_id: str) -> FactorsObject:
-        sha = str(self.manifest.adapters[adapter_id].factors)
-        return FactorsObject(sha, f"adapter {adapter_id} of {self.address}")
+        adapter = self.manifest.adapters[adapter_id]
+        return FactorsObject(str(adapter.factors), int(adapter.rank or 0), f"adapter {adapter_id} of {self.address}")
 
 
 def _standing_revision(store: Store, bundle: str) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import cast
 
@@ -65,9 +66,10 @@ class ServingMap:
         entries = {}
         for adapter_id, adapter in manifest.adapters.items():
             slot = cast(int, adapter.slot)
-            home = cluster_home(str(adapter.cluster))
             if adapter.rank is not None:
                 home, slot = factors_home(adapter.rank, slot)
+            else:
+                home = cluster_home(str(adapter.cluster))
             entries[adapter_id] = ServedAdapter(
                 adapter_id=adapter_id,
                 home=home,
@@ -96,15 +98,19 @@ class ServingMap:
 
     def num_slots(self) -> Counter[str]:
         """Home -> the slots that its adapters need of it: one more than the highest."""
-        needed: Counter[str] = Counter()
-        for served in self.adapters.values():
-            needed[served.home] = max(needed[served.home], served.slot + 1)
-        return needed
+        return Counter({home: max(members) + 1 for home, members in self._members.items()})
 
-    def members(self, home: str) -> dict[int, str]:
-        """Slot -> the adapter that has it."""
-        return {served.slot: adapter_id for adapter_id, served in self.adapters.items() if served.home == home}
+    def members(self, home: str) -> Mapping[int, str]:
+        """Slot -> the adapter that has it; nobody where there is no such home."""
+        return self._members.get(home, {})
 
     def homes(self) -> list[str]:
         """Every home once, clusters first."""
-        return sorted({adapter.home for adapter in self.adapters.values()})
+        return sorted(self._members)
+
+    @cached_property
+    def _members(self) -> dict[str, dict[int, str]]:
+        found: dict[str, dict[int, str]] = {}
+        for adapter_id, served in self.adapters.items():
+            found.setdefault(served.home, {})[served.slot] = adapter_id
+        return found

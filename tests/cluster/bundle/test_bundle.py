@@ -153,7 +153,8 @@ def factors_of(seed: int, *modules: str, rank: int = RANK, dtype: torch.dtype = 
     tensors = {}
     for module in modules:
         A = torch.randn(rank, SHAPES[module].d_in, generator=generator)
-        tensors |= {f"{module}.A": A.to(dtype), f"{module}.B": torch.randn(SHAPES[module].d_out, rank).to(dtype)}
+        B = torch.randn(SHAPES[module].d_out, rank, generator=generator)
+        tensors |= {f"{module}.A": A.to(dtype), f"{module}.B": B.to(dtype)}
     return tensors
 
 
@@ -164,11 +165,12 @@ def test_adapters_that_differ_in_modules_rank_and_dtype_are_read_into_one_stack(
         "same": factors_of(2, Q, V),
         "one-module": factors_of(3, V),
         "rounded": factors_of(4, Q, V, dtype=torch.bfloat16),
+        "half-rounded": factors_of(5, Q, V) | {f"{Q}.A": factors_of(5, Q)[f"{Q}.A"].bfloat16()},
     }
     bundle = stack_of(local, held)
     loaded = bundle.load_home(ODD)
     assert not loaded.failed
-    for slot, tensors in zip(range(0, 10, 2), held.values(), strict=True):
+    for slot, tensors in zip(range(0, 12, 2), held.values(), strict=True):
         for module in SHAPES:
             own = loaded.weights[module]
             assert own.rows is not None
@@ -188,17 +190,31 @@ def test_adapters_that_differ_in_modules_rank_and_dtype_are_read_into_one_stack(
         assert all(torch.equal(A, tensors[f"{module}.A"]) for module, (A, _) in own_factors.items())
 
 
+def test_a_bundle_has_one_id_whatever_slots_those_that_stand_alone_have(local: Store) -> None:
+    """As of manifests that were written before they had any."""
+    manifest = stack_of(local, {"a": factors_of(0, Q), "b": factors_of(1, Q)}).manifest
+    moved = {name: replace(adapter, slot=7 - int(adapter.slot or 0)) for name, adapter in manifest.adapters.items()}
+    assert replace(manifest, adapters=moved).with_own_id().bundle == manifest.bundle
+
+
 def test_an_adapter_that_cannot_be_read_takes_no_other_of_its_home_with_it(local: Store) -> None:
     held = {name: factors_of(seed, Q, V) for seed, name in enumerate(("good", "corrupt", "gone", "fine"))}
     held["misfit"] = factors_of(9, Q, V) | {f"{Q}.A": torch.ones(RANK, 9)}
     held["misfit-too"] = {name: 2 * tensor for name, tensor in held["misfit"].items()}
+    # A larger rank than the manifest's would be everybody's: a stack is as wide as its widest.
+    held["too-wide"] = factors_of(10, Q, V, rank=RANK + 1)
+    held["empty"] = {}
+    held["eighth"] = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in factors_of(11, Q).items()}
     bundle = stack_of(local, held)
     adapters = bundle.manifest.adapters
     key = object_key(str(adapters["corrupt"].factors))
     local.write(key, local.read(key).data[:-1] + b"x")
     local.delete(object_key(str(adapters["gone"].factors)))
     loaded = bundle.load_home(ODD)
-    assert loaded.failed.keys() == {2, 4, 8, 10}
+    assert loaded.failed.keys() == {2, 4, 8, 10, 12, 14, 16}
+    assert f"adapter too-wide of {bundle.address}: tensor {Q}.A is of rank {RANK + 1}" in loaded.failed[12]
+    assert "holds no tensor" in loaded.failed[14]
+    assert "float8" in loaded.failed[16]
     assert loaded.failed[2].startswith("BundleError: adapter corrupt of")
     assert "is corrupt" in loaded.failed[2]
     assert loaded.failed[4].startswith("StoreMissing: ")
