@@ -131,5 +131,5 @@ def test_too_little_memory_for_one_cluster_is_refused_with_the_figure_needed() -
     with pytest.raises(ConfigError, match=r"--task-memory 100MiB: the largest cluster takes 601MiB to fit"):
         tasks.memory_of_a_task("100MiB", (600 << 20) + 1)
     assert tasks.memory_of_a_task("700MiB", 600 << 20) == 700 << 20
-    with pytest.raises(ConfigError, match="the largest cluster takes .* add a larger node"):
+    with pytest.raises(ConfigError, match=r"the largest cluster takes .* add a larger node"):
         tasks.memory_of_a_task("", 1 << 60)
