@@ -27,8 +27,10 @@ from compress_jobs.job.sample import KindEnergies, of_adapters, read_stacks
 from compress_jobs.progress import say, track
 
 _TOGETHER, _A_CLUSTER = 2048, 80
-_MOST_ROUNDS = 6
-_LEAST_RISE = 1.02  # in two rounds, of what is captured with the adapter left out of the fit
+_MOST_ROUNDS = 8
+# Of what is captured with the adapter left out of the fit: a round may do less once, and where most adapters are still
+# moved, so that nothing is about to settle, not even once.
+_LEAST_RISE, _MOST = 1.04, 0.5
 _ADAPTERS_A_TASK, _BYTES_A_TASK = 256, 64 << 20
 
 Gains = NDArray[np.float64]
@@ -156,11 +158,15 @@ def _rounds(pool: Pool, labels: Labels, in_flight: int) -> Labels:
 
         found = once(pool.context, pool.part(f"round-{number}"), _Round, step)
         moved = np.array(found.moved)
-        say(f"cluster: round {number + 1}, {found.captured:.4f} captured, {np.mean(moved != labels):.0%} to be moved")
-        idle = 0 if found.captured > best_captured * _LEAST_RISE else idle + 1
+        share_moved = float(np.mean(moved != labels))
+        say(f"cluster: round {number + 1}, {found.captured:.4f} captured, {share_moved:.0%} to be moved")
+        if found.captured > best_captured * _LEAST_RISE:
+            idle = 0
+        else:
+            idle += 2 if share_moved > _MOST else 1
         if found.captured > best_captured:
             best, best_captured = labels, found.captured
-        if idle == 2 or (moved == labels).all():
+        if idle >= 2 or share_moved == 0:
             break
         labels = moved
     return best
