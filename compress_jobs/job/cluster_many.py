@@ -30,7 +30,7 @@ _TOGETHER, _A_CLUSTER = 2048, 80
 _MOST_ROUNDS = 8
 # Of what is captured with the adapter left out of the fit: a round may do less once, and where most adapters are still
 # moved, so that nothing is about to settle, not even once.
-_LEAST_RISE, _MOST = 1.04, 0.5
+_LEAST_RISE, _MOST = 1.05, 0.5
 _ADAPTERS_A_TASK, _BYTES_A_TASK = 256, 64 << 20
 
 Gains = NDArray[np.float64]
