@@ -27,7 +27,7 @@ from compress_jobs.job.parts import once
 from compress_jobs.job.sample import KindEnergies, of_adapters, read_sample, tenants
 from compress_jobs.progress import say
 
-_SHOWN = 512  # adapters whose similarity stands for that of all
+_SHOWN = 256  # adapters whose similarity stands for that of all
 
 
 @dataclass(frozen=True)

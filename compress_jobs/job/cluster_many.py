@@ -27,11 +27,15 @@ from compress_jobs.job.sample import KindEnergies, of_adapters, read_stacks
 from compress_jobs.progress import say, track
 
 _TOGETHER, _A_CLUSTER = 2048, 80
-_MOST_ROUNDS = 10
-_LEAST_RISE = 1.02  # in two rounds, of what is captured with the adapter left out of the fit
+_MOST_ROUNDS = 8
+# Of what is captured with the adapter left out of the fit: a round may do less once, and where most adapters are still
+# moved, so that nothing is about to settle, not even once.
+_LEAST_RISE, _MOST = 1.05, 0.5
 _ADAPTERS_A_TASK, _BYTES_A_TASK = 256, 64 << 20
 
 Gains = NDArray[np.float64]
+Bases = dict[str, dict[int, Basis]]
+"""Module -> cluster -> its basis there."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +74,21 @@ class Pool:
             modules = sorted({name.rpartition(".")[0] for name in tensors})
             yield {module: Leading(*(tensors[f"{module}.{field}"] for field in Leading.FIELDS)) for module in modules}
 
-    def bases(self, labels: Labels, clusters: Sequence[int]) -> dict[str, dict[int, Basis]]:
-        """Module -> cluster -> its basis there, fitted on those that have its label."""
+    def members(self, labels: Labels, clusters: Sequence[int]) -> dict[str, Leading]:
+        """Module -> what is kept of those that have one of these labels."""
         own: dict[str, list[Leading]] = {}
         for chunk in self.chunks():
             for module, leading in chunk.items():
                 own.setdefault(module, []).append(leading.select(np.isin(labels, clusters)))
+        return {module: Leading.joined(own.pop(module)) for module in sorted(own)}
+
+    def bases(self, members: dict[str, Leading], labels: Labels, clusters: Sequence[int]) -> Bases:
+        """Of each of ``clusters``, fitted on those of ``members`` that have its label."""
         rank, seed = int(self.context.options.rank), self.context.options.seed
-        bases: dict[str, dict[int, Basis]] = {}
-        for module in sorted(own):
-            joined = Leading.joined(own.pop(module))
-            members = {cluster: joined.select(labels == cluster) for cluster in clusters}
-            bases[module] = {c: fit_leading(some, rank, seed) for c, some in members.items() if len(some.members)}
+        bases: Bases = {}
+        for module, leading in members.items():
+            own = {cluster: leading.select(labels == cluster) for cluster in clusters}
+            bases[module] = {c: fit_leading(some, rank, seed) for c, some in own.items() if len(some.members)}
         return bases
 
 
@@ -151,11 +158,15 @@ def _rounds(pool: Pool, labels: Labels, in_flight: int) -> Labels:
 
         found = once(pool.context, pool.part(f"round-{number}"), _Round, step)
         moved = np.array(found.moved)
-        say(f"cluster: round {number + 1}, {found.captured:.4f} captured, {np.mean(moved != labels):.0%} to be moved")
-        idle = 0 if found.captured > best_captured * _LEAST_RISE else idle + 1
+        share_moved = float(np.mean(moved != labels))
+        say(f"cluster: round {number + 1}, {found.captured:.4f} captured, {share_moved:.0%} to be moved")
+        if found.captured > best_captured * _LEAST_RISE:
+            idle = 0
+        else:
+            idle += 2 if share_moved > _MOST else 1
         if found.captured > best_captured:
             best, best_captured = labels, found.captured
-        if idle == 2 or (moved == labels).all():
+        if idle >= 2 or share_moved == 0:
             break
         labels = moved
     return best
@@ -191,7 +202,8 @@ def judge(pool: Pool, clusters: Sequence[int], labels: Labels, halves: NDArray[n
     """(N, clusters): energy of each adapter that the basis of each of ``clusters`` captures, fitted on the half that
     it does not belong to."""
     gains = np.zeros((pool.num_adapters, pool.num_clusters))
-    bases = [pool.bases(np.where(halves == half, -1, labels), clusters) for half in (False, True)]
+    members = pool.members(labels, clusters)
+    bases = [pool.bases(members, np.where(halves == half, -1, labels), clusters) for half in (False, True)]
     for chunk in pool.chunks():
         for module, leading in chunk.items():
             for half, by_module in zip((False, True), bases, strict=True):
@@ -204,11 +216,11 @@ def measure(pool: Pool, name: str, clusters: Sequence[int], labels: Labels) -> N
 
     def step() -> list[float]:
         gains = np.zeros((pool.num_adapters, pool.num_clusters))
-        bases = pool.bases(labels, clusters)
-        for chunk in pool.chunks():
-            for module, leading in chunk.items():
-                for cluster, basis in bases[module].items():
-                    add_captured(gains, leading.select(labels == cluster), {cluster: basis})
+        members = pool.members(labels, clusters)
+        bases = pool.bases(members, labels, clusters)
+        for module, leading in members.items():
+            for cluster, basis in bases[module].items():
+                add_captured(gains, leading.select(labels == cluster), {cluster: basis})
         tensors = {}
         for module, by_cluster in bases.items():
             for cluster, basis in by_cluster.items():
