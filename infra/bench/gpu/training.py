@@ -80,7 +80,7 @@ def main() -> None:
             {
                 "base": base.name if is_real else f"random weights of the shape of {base.name}",
                 "adapters": len(records),
-                "failed": failed,
+                "not_trained": failed,
                 "steps": options.steps,
                 "together": options.together,
                 "training_seconds": round(seconds, 1),
