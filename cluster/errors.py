@@ -17,6 +17,7 @@
         StoreConflict           a conditional write or read found something else
         StoreUnsafe             the store ignores conditional writes
       PublishConflict           another job moved CURRENT first
+      NotEnoughMemory           a step of the job takes more than it may, or than any node has
       WouldDrop                 adapters that are served would no longer be, and nobody asked for it
       ServeError
         HomeUnavailable         the cluster (or factors) of an adapter is not being served
@@ -120,6 +121,10 @@ class StoreUnsafe(StoreError):
 
 class PublishConflict(CtsError):
     """Another job moved CURRENT first."""
+
+
+class NotEnoughMemory(CtsError):
+    """A step of the job takes more memory than it may, or than any node has: given more, the job goes on."""
 
 
 class WouldDrop(CtsError):

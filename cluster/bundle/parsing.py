@@ -117,6 +117,8 @@ def _check_references(manifest: Manifest, where: str) -> None:
     need(isolation is None or isolation in ISOLATIONS, f"isolation {isolation!r}, expected one of {ISOLATIONS}")
     evidence = manifest.method.evidence
     need(evidence is None or evidence in EVIDENCE, f"evidence {evidence!r}, expected one of {EVIDENCE}")
+    keep = manifest.method.keep
+    need((evidence is None) == (keep is None), f"evidence {evidence!r} with keep {keep!r}")
     for name, shape in manifest.modules.items():
         need(shape.d_in > 0 and shape.d_out > 0, f"module {name} has shape {shape.d_out} x {shape.d_in}")
     for sha, size_bytes in manifest.objects.items():

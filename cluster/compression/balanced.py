@@ -19,17 +19,22 @@ def random_balanced(num_adapters: int, num_clusters: int, rng: np.random.Generat
     return rng.permutation(np.arange(num_adapters, dtype=np.int64) % num_clusters)
 
 
-def balanced_assignment(gains: NDArray[np.float64], labels: Labels) -> Labels:
+def balanced_assignment(
+    gains: NDArray[np.float64], labels: Labels, standing: NDArray[np.int64] | None = None
+) -> Labels:
     """Each adapter to the cluster of highest gain that has room, those with most to lose first; where gains
-    tie it stays. No cluster is left empty. gains (N, k), labels (N,) the present ones."""
+    tie it stays. No cluster is left empty. gains (N, k), labels (N,) the present ones; ``standing`` (k,): how many
+    others are in each cluster already, and stay there."""
     num_adapters, k = gains.shape
-    capacity = math.ceil(_BALANCE * num_adapters / k)
+    if k == 1:
+        return np.zeros(num_adapters, dtype=np.int64)
+    sizes = np.zeros(k, dtype=np.int64) if standing is None else standing.copy()
+    capacity = math.ceil(_BALANCE * (num_adapters + int(sizes.sum())) / k)
     preferred = gains.copy()
     preferred[np.arange(num_adapters), labels] += 1e-9
     ordered = np.sort(preferred, axis=1)
     regret = ordered[:, -1] - ordered[:, -2]
     result = np.full(num_adapters, -1, dtype=np.int64)
-    sizes = np.zeros(k, dtype=np.int64)
     for adapter in np.argsort(-regret, kind="stable"):
         cluster = next(c for c in np.argsort(-preferred[adapter], kind="stable") if sizes[c] < capacity)
         result[adapter] = cluster

@@ -13,6 +13,7 @@ from cluster.bundle.manifest import METHODS
 from cluster.errors import ConfigError
 from cluster.units import parse_size
 from compress_jobs.commands.collection import add_collection_arguments, base_and_layout
+from compress_jobs.commands.run_options import number_or_auto
 from compress_jobs.host.cpus import available_cpus
 from compress_jobs.job.options import AUTO, DTYPES, RunOptions
 from compress_jobs.quality.gate_choice import PAPER
@@ -56,7 +57,9 @@ def add_parser(commands: Any) -> None:
     run.add_argument("--clusters", metavar="K", type=int, help="as for run")
     run.add_argument("--rank", metavar="R", type=int, help="as for run")
     run.add_argument("--method", choices=METHODS, help="as for run")
-    run.add_argument("--gate", metavar="E", type=float, help=f"as for run; where it judges, {PAPER:g} is taken here")
+    run.add_argument(
+        "--gate", metavar="E", type=number_or_auto, help=f"as for run; where it judges, {PAPER:g} is taken here"
+    )
     run.add_argument("--dtype", choices=DTYPES, help="as for run")
     parser.set_defaults(execute=_plan)
 
@@ -78,7 +81,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     base, layout = base_and_layout(parsed)
     planned = plan(parsed.adapters, base, device_memory, parsed.num_cpus, parsed.sample, parsed.seed, layout, method)
     print("\n".join(planned.lines()))
-    if method and parsed.gate is None:
+    if method and parsed.gate in (None, AUTO):
         print(f"gate       the run judges its own; this plan takes the paper's {PAPER:g}, give --gate E for another")
     print(json.dumps(planned.figures()))
     return 0

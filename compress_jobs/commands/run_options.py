@@ -37,13 +37,13 @@ def _whole_or_auto(text: str) -> int | str:
     return text if text == AUTO else int(text)
 
 
-def _number_or_auto(text: str) -> float | str:
+def number_or_auto(text: str) -> float | str:
     return text if text == AUTO else float(text)
 
 
 # argparse says these where they are not.
-_whole_or_auto.__name__, _number_or_auto.__name__ = "whole number or auto", "number or auto"
-_OR_AUTO: dict[str, Any] = {"int | str": _whole_or_auto, "float | str": _number_or_auto}
+_whole_or_auto.__name__, number_or_auto.__name__ = "whole number or auto", "number or auto"
+_OR_AUTO: dict[str, Any] = {"int | str": _whole_or_auto, "float | str": number_or_auto}
 
 
 def from_arguments(arguments: argparse.Namespace) -> RunOptions:
@@ -72,11 +72,13 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise ConfigError(f"--config {path}: unknown key {key!r}; known keys are {known}")
         where = f"--config {path}: {key}"
         default = 0.0 if str(spec.type) == "float | str" else spec.default
-        values[spec.name] = value if str(spec.type) in _OR_AUTO and value == AUTO else _typed(default, value, where)
+        if str(spec.type) not in _OR_AUTO or value != AUTO:
+            value = _typed(default, value, where, " or auto" if str(spec.type) in _OR_AUTO else "")
+        values[spec.name] = value
     return values
 
 
-def _typed(default: Any, value: Any, where: str) -> Any:
+def _typed(default: Any, value: Any, where: str, otherwise: str = "") -> Any:
     if isinstance(default, tuple):
         names = [value] if isinstance(value, str) else value
         need(
@@ -90,5 +92,5 @@ def _typed(default: Any, value: Any, where: str) -> Any:
         return float(value)
     if isinstance(default, str) and default[:1].isdigit() and type(value) is int:
         return str(value)  # a number, or a word
-    need(type(value) is type(default), where, f"is {value!r}", f"expected {type(default).__name__}")
+    need(type(value) is type(default), where, f"is {value!r}", f"expected {type(default).__name__}{otherwise}")
     return value

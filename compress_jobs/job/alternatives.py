@@ -58,10 +58,11 @@ def alternatives(
 
 
 def _some_clusters(labels: Sequence[int]) -> list[int]:
-    """The adapters of the first clusters: all, or as many as stand for the others."""
+    """The adapters of the first clusters: all, or as many as stand for the others; of clusters of thousands, which no
+    task could hold, some hundreds."""
     sizes = np.cumsum(np.bincount(labels))
     last = int(np.searchsorted(sizes, MANY))
-    return [i for i, label in enumerate(labels) if label <= last]
+    return [i for i, label in enumerate(labels) if label <= last][: 2 * MANY]
 
 
 def try_others(

@@ -97,6 +97,8 @@ def cluster_many(
 ) -> ClusteredPool:
     """Balanced labels 0 .. k-1. Deterministic in its arguments but ``in_flight``."""
     seed, num_adapters = context.options.seed, len(adapter_ids)
+    if k == 1:
+        return ClusteredPool([0] * num_adapters, [], [], [], "only one way")
     count = min(num_adapters, max(_TOGETHER, _A_CLUSTER * k))
     together = sorted(np.random.default_rng(seed).permutation(num_adapters)[:count].tolist())
     num_values = values_needed(count, k, int(context.options.rank))
@@ -128,7 +130,7 @@ def cluster_many(
         gains = np.zeros((len(others), k))
         for number, part in track(tasks.run_bounded(tasks.remote(place), placing, in_flight), len(own), "place"):
             gains[number * size : number * size + len(part)] = part
-        labels[others] = balanced_assignment(gains, gains.argmax(1))
+        labels[others] = balanced_assignment(gains, gains.argmax(1), np.bincount(found, minlength=k))
     return ClusteredPool(labels.tolist(), together, errors.tolist(), random_errors.tolist(), start)
 
 

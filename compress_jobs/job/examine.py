@@ -21,7 +21,7 @@ from cluster.store.address import open_store
 from cluster.store.download import default_cache, download
 from compress_jobs.job.context import JobContext
 from compress_jobs.job.parts import once, read_tensors
-from compress_jobs.quality.gate_choice import BASIS, LEVELS, Judged, Served
+from compress_jobs.quality.gate_choice import BASIS, LEVELS, NOTHING, Judged, Served
 from compress_jobs.quality.task import Task
 
 if TYPE_CHECKING:
@@ -45,11 +45,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Examined:
-    """``judged`` None: the adapter changed, or answers as the base does; nothing can be told by it. ``failed``: why
-    the base cannot be asked."""
+    """``judged`` None: nothing can be told by the adapter. It changed, answers as the base does, or ``failed``;
+    ``is_loaded``: whether there was a base to ask."""
 
     judged: Judged | None = None
     failed: str = ""
+    is_loaded: bool = True
     cpu_seconds: float = 0.0
 
 
@@ -74,14 +75,19 @@ def _load_base(context: JobContext) -> Scorer:
 
 def _examine(context: JobContext, num_layers: int, subject: Subject, load: Callable[[], Scorer]) -> Examined:
     began = time.process_time()
+    scorer = None
     try:
-        judged = _judge(context, num_layers, subject, load())
+        scorer = load()
+        judged = _judge(context, num_layers, subject, scorer)
     except AdapterChanged:
         judged = None
     except CtsError:
         raise
     except Exception as error:  # a model library raises whatever it likes for what it does not know
-        return Examined(failed=f"the base cannot be asked ({type(error).__name__}: {str(error).splitlines()[:1]})")
+        told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        if scorer is None:
+            return Examined(failed=f"the base cannot be loaded ({told})", is_loaded=False)
+        return Examined(failed=f"adapter {subject.record.adapter_id} cannot be asked ({told})")
     return Examined(judged, cpu_seconds=time.process_time() - began)
 
 
@@ -97,8 +103,9 @@ def _judge(context: JobContext, num_layers: int, subject: Subject, scorer: Score
     by_level = []
     for level in LEVELS:
         rank, error = smallest_rank(spectra, level)
-        if context.options.method == "svd":
-            rank = max(rank, int(context.options.rank))
+        if context.options.method == "svd" and rank < int(context.options.rank):
+            rank = int(context.options.rank)
+            error = sum(float(values[rank:].sum()) for values in spectra) / sum(float(v.sum()) for v in spectra)
         if subject.part is not None and subject.error <= level:
             rank, error = 0, subject.error
         if rank >= max(map(len, spectra)):
@@ -114,7 +121,9 @@ def _by_rows(scorer: Scorer, task: Task, factors: Adapter) -> Judge | None:
     """The share kept of the loss that the adapter gains on its rows; None where it gains nothing."""
     base = scorer.score(task, {}).loss
     gained = base - scorer.score(task, factors).loss
-    return (lambda served: ((base - scorer.score(task, served).loss) / gained, None)) if gained > 0 else None
+    if gained < NOTHING:
+        return None
+    return lambda served: ((base - scorer.score(task, served).loss) / gained, None)
 
 
 def _by_text(context: JobContext, scorer: Scorer, record: AdapterRecord, factors: Adapter) -> Judge | None:

@@ -121,7 +121,7 @@ class _Read:
 
 
 def fit_all(job: Job, chosen: Chosen, clustered: Clustered | None) -> Fitted:
-    """Raises ConfigError when a single cluster takes more memory than a task may, or than any node has."""
+    """Raises NotEnoughMemory when a single cluster takes more memory than a task may, or than any node has."""
     if clustered is None:
         return Fitted()
     base, records, labels = chosen.context.base, list(chosen.records.values()), clustered.labels

@@ -71,11 +71,14 @@ def settle_gate(
     results = (one for _, found in tasks.run_bounded(task, calls, num_tasks) for one in found)
     for one in track(results, len(subjects), f"gate, by {'held-out rows' if job.held_out else 'a probe'}"):
         done.append(one)
-    if failed := next((one.failed for one in done if one.failed), ""):
-        return _or_error(job, failed)
+    failed = [one.failed for one in sorted(done, key=lambda one: (one.is_loaded, one.failed)) if one.failed]
+    if not all(one.is_loaded for one in done):
+        return _or_error(job, failed[0])
+    say(*(f"not judged: {reason}" for reason in failed))
     judged = sorted((one.judged for one in done if one.judged), key=lambda one: one.adapter_id)
     if not judged:
-        return _or_error(job, f"none of the {len(subjects)} sampled adapters changes what the base answers there")
+        reason = f"none of the {len(subjects)} sampled adapters changes what the base answers there"
+        return _or_error(job, failed[0] if failed else reason)
     level, found = choose_gate(judged, [error.error for error in errors.values()], asked.keep)
     say(f"gate {level.gate:g}: {len(judged)} sampled adapters keep {level.kept:.3f} there, {asked.keep:g} is asked for")
     spent = math.fsum(one.cpu_seconds for one in done)

@@ -129,6 +129,8 @@ def _say_unrecorded(job: Job, published: Manifest) -> None:
     recorded = {published.base.name, *published.base.accepted}
     for name in sorted(job.context.base.accepted_names - recorded - {""}):
         say(f"--accept-base {name} is not recorded, for nothing has changed: give it to `add` too")
+    if published.method.evidence == "paper":
+        say("its gate is the paper's, for nothing could be judged then; --tasks, or another --keep, judges anew")
     if job.asked.layout != published.layout:
         say("--id-pattern and --checkpoints are not recorded, for nothing has changed: give them to `add` too")
 

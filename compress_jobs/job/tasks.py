@@ -10,7 +10,7 @@ from typing import Any
 import ray
 import torch
 
-from cluster.errors import ConfigError, CtsError, StoreUnreachable
+from cluster.errors import ConfigError, CtsError, NotEnoughMemory, StoreUnreachable
 from cluster.units import parse_size
 
 # A lost worker is tried again, and so is a store that stayed away; wrong input never is.
@@ -42,24 +42,24 @@ def memory_of_a_task(asked: str, needed: int) -> int:
     the power of two below, so that it is the same from start to start; ``needed`` (of the largest cluster alone) where
     that is more.
 
-    Raises ConfigError when ``needed`` is more than was asked for, or than any node has: Ray would wait for one for
+    Raises NotEnoughMemory when ``needed`` is more than was asked for, or than any node has: Ray would wait for one for
     ever.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     largest = largest_node_memory()
     if asked and needed > parse_size(asked):
-        raise ConfigError(
+        raise NotEnoughMemory(
             f"--task-memory {asked}: the largest cluster takes {_mib(needed)} to fit; give that, or more clusters"
         )
     if needed > largest:
-        raise ConfigError(
+        raise NotEnoughMemory(
             f"the largest cluster takes {_mib(needed)} to fit, and the largest node of this Ray cluster offers "
             f"{largest >> 20} MiB: add a larger node, or give more clusters"
         )
     if asked:
         return min(parse_size(asked), largest)
-    by_cpu = min(int(node.get("memory", 0) / node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1)
-    return max(needed, 1 << by_cpu.bit_length() - 1)
+    by_cpu = [int(node.get("memory", 0) / node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    return max(needed, 1 << max(min(by_cpu, default=0).bit_length() - 1, 0))
 
 
 def _mib(size_bytes: int) -> str:

@@ -14,6 +14,8 @@ NUM_SAMPLED, NUM_ROWS = 8, 32
 # No sampled adapter may lose more than so many times what all of them may lose in the mean.
 _WORST = 5
 BASIS = "basis"
+NOTHING = 1e-4
+"""In nats a token: an adapter that gains less over the base has nothing that could be kept."""
 
 
 @dataclass(frozen=True)

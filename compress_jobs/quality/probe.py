@@ -7,7 +7,7 @@ adapter, with the compressed one, and of the base alone. For text drawn from u, 
 excess of u's, so this is the share kept of the loss that the adapter gains (metrics.py), on text of its own.
 
 The texts begin with nothing but the token that texts of this model begin with: an adapter trained on answers alone
-shows itself there as well (infra/bench/README.md, "The probe").
+shows itself there as well (infra/bench/README.md, "The gate").
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from cluster.adapters.factors import Factors
+from compress_jobs.quality.gate_choice import NOTHING
 from compress_jobs.quality.scorer import Scorer, adapted
 
 NUM_TEXTS, NUM_TOKENS = 8, 16
-# In nats a token. An adapter that changes less than this on its own text has nothing that could be kept.
-_NOTHING = 1e-4
 
 
 class Probe:
@@ -39,7 +38,7 @@ class Probe:
     @property
     def says_nothing(self) -> bool:
         """The adapter answers as the base does here: what is kept of it cannot be told."""
-        return self._gained < _NOTHING
+        return self._gained < NOTHING
 
     def judge(self, factors: Mapping[str, Factors]) -> tuple[float, float]:
         """(kept, agreement) of the compressed adapter ``factors``: the share above, and the share of tokens whose

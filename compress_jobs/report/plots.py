@@ -255,6 +255,7 @@ def kept_by_gate(
         axes.axvline(gate, color=_INK, linewidth=1.4, label=f"gate {gate:g}")
         axes.axhline(keep, color=_GREY, linewidth=1.2, linestyle=(0, (1, 2)), label=f"asked for {keep:g}")
         axes.set_xlim(0, max(gates) * 1.03)
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.1))  # one that does worse than the base by far is cut off
         axes.grid(True)
         axes.set_xlabel("gate, or squared relative error")
         axes.set_ylabel("share kept")

@@ -290,3 +290,17 @@ def test_a_kind_is_a_name_without_the_layers_number() -> None:
     assert kind_of("model.layers.7.self_attn.q_proj") == "model.layers.*.self_attn.q_proj"
     assert kind_of("model.layers.7.mlp.experts.31.w1") == "model.layers.*.mlp.experts.*.w1"
     assert kind_of("lm_head") == "lm_head"
+
+
+def test_those_that_come_later_join_clusters_as_they_stand() -> None:
+    """A few with a sure place go there, whoever is there already; a full cluster takes none."""
+    standing = np.array([6, 6, 6, 6])
+    gains = np.array([[0.1, 0.9, 0.2, 0.3], [0.1, 0.8, 0.2, 0.3]])
+    assert balanced_assignment(gains, gains.argmax(1), standing).tolist() == [1, 1]
+    full = np.array([6, 10, 6, 6])
+    assert balanced_assignment(gains, gains.argmax(1), full).tolist() == [3, 3]
+    assert standing.tolist() == [6, 6, 6, 6]
+
+
+def test_one_cluster_takes_everybody() -> None:
+    assert balanced_assignment(np.ones((3, 1)), np.zeros(3, dtype=np.int64)).tolist() == [0, 0, 0]

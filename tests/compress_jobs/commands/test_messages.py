@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.errors import ConfigError
 from compress_jobs.__main__ import main
 from compress_jobs.job import ray_cluster
 from tests.support.jobs import rewrite
@@ -377,6 +378,29 @@ def test_tasks_are_read_whatever_the_editor(tmp_path: Path, encoding: str, end: 
     path = tmp_path / "tasks.jsonl"
     path.write_bytes(end.join([*(json.dumps(row, ensure_ascii=False) for row in rows), ""]).encode(encoding))
     assert read_tasks(path, 1) == {f"n{i}": Task(f"n{i}", "wie groß\u2028{x}?", (("a", "b"),)) for i in range(2)}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"name": ["a"]}, r"task \['a'\] has \['a'\] where a text is expected"),
+        ({"question": 5}, "has 5 where a text is expected"),
+        ({"question": "{y}?"}, r"has question '{y}\?' \(KeyError"),
+        ({"question": "What does { do in {x}?"}, "other braces doubled"),
+        ({"test": [["a", None]]}, "has None where a text is expected"),
+        ({"test": ["ab"]}, "row 'ab' is no pair"),
+        ({"test": []}, "has no test rows"),
+        ({}, "is there twice"),
+    ],
+)
+def test_a_task_of_another_form_is_named(tmp_path: Path, change: dict[str, object], expected: str) -> None:
+    from compress_jobs.quality.task import read_tasks
+
+    task = {"name": "n", "question": "{x}?", "test": [["a", "b"]]}
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in (task, task | change)))
+    with pytest.raises(ConfigError, match=expected):
+        read_tasks(path, 1)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_where_the_base_cannot_be_loaded_the_papers_gate_is_taken_and_said(
     monkeypatch.setattr(ray_cluster, "connect", lambda _: None)
     assert place.call("run", "--gate", "auto") == 0
     printed = capsys.readouterr().out
-    assert f"gate       {PAPER:g}, the paper's: no evidence of this collection (the base cannot be asked" in printed
+    assert f"gate       {PAPER:g}, the paper's: no evidence of this collection (the base cannot be loaded" in printed
     method = Bundle.open(str(place.out)).manifest.method
     assert (method.gate, method.evidence, method.keep) == (PAPER, "paper", 0.99)
     assert place.call("run", "--gate", "auto") == 0
@@ -100,7 +100,7 @@ def test_rows_that_cannot_be_asked_end_the_run(place: Place, tmp_path: Path) -> 
     """They were given to judge by: another gate than they bear out would be worse than none."""
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text(json.dumps({"name": "a0", "question": "{x}?", "test": [["1", "2"]]}) + "\n")
-    with pytest.raises(ConfigError, match=r"--tasks .*cannot be judged by it: the base cannot be asked"):
+    with pytest.raises(ConfigError, match=r"--tasks .*cannot be judged by it: the base cannot be loaded"):
         run_job(place.adapters, place.base, place.out, gate=AUTO, tasks=str(tasks))
 
 

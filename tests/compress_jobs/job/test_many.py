@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import ConfigError
+from cluster.errors import NotEnoughMemory
 from compress_jobs.job import cluster, cluster_many, fit, tasks
 from compress_jobs.job.run import Outcome
 from compress_jobs.report.summary import Summary
@@ -128,8 +128,8 @@ def test_a_task_of_little_memory_fits_one_cluster_at_a_time_and_gives_the_same_b
 
 
 def test_too_little_memory_for_one_cluster_is_refused_with_the_figure_needed() -> None:
-    with pytest.raises(ConfigError, match=r"--task-memory 100MiB: the largest cluster takes 601MiB to fit"):
+    with pytest.raises(NotEnoughMemory, match=r"--task-memory 100MiB: the largest cluster takes 601MiB to fit"):
         tasks.memory_of_a_task("100MiB", (600 << 20) + 1)
     assert tasks.memory_of_a_task("700MiB", 600 << 20) == 700 << 20
-    with pytest.raises(ConfigError, match=r"the largest cluster takes .* add a larger node"):
+    with pytest.raises(NotEnoughMemory, match=r"the largest cluster takes .* add a larger node"):
         tasks.memory_of_a_task("", 1 << 60)

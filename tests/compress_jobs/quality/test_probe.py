@@ -54,14 +54,12 @@ def test_the_share_that_is_kept_is_the_divergence_by_peft(
         for cut in cuts:
             for module, (A, B) in cut.factors[NAME].items():
                 layer = layers[module]
-                dense = torch.zeros(B.shape[0], A.shape[1]) + B @ A
                 rank = layer.lora_A["default"].weight.shape[0]
                 # A rank that holds it, with PEFT's own scale taken out.
                 layer.lora_A["default"].weight.data = torch.zeros(rank, A.shape[1])
                 layer.lora_A["default"].weight.data[: A.shape[0]] = A
                 layer.lora_B["default"].weight.data = torch.zeros(B.shape[0], rank)
                 layer.lora_B["default"].weight.data[:, : A.shape[0]] = B / layer.scaling["default"]
-                assert dense.shape == layer.base_layer.weight.shape
             theirs = tuned(texts[:, :-1]).logits.double()
             kept, agreement = probed.judge(cut.factors[NAME])
             assert kept == pytest.approx(1 - divergence(theirs.softmax(-1)) / divergence(at_base), abs=1e-3)
