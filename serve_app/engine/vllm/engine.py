@@ -204,7 +204,7 @@ class VllmEngine:
         if not self._base_path.is_dir():
             raise BaseModelError(f"base model {self._base_path}: no such folder; expected one that transformers loads")
         weights = {home: own.weights for home, own in loaded.items()}
-        options = home_options(weights, self._first_homes, self._num_slots, settings) if weights else {}
+        options = home_options(weights, self._first_homes, self._serving_map, settings) if weights else {}
         tokenizer = AutoTokenizer.from_pretrained(self._base_path, local_files_only=True, trust_remote_code=False)
         args = AsyncEngineArgs(**shared, **options)
         return AsyncLLM.from_engine_args(args), tokenizer

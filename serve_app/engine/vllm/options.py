@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bundle.reading import HomeWeights
-from cluster.bundle.serving_map import factors_rank
+from cluster.bundle.serving_map import ServingMap, factors_rank
 from cluster.errors import ConfigError
 from serve_app.engine.vllm.plugin.settings import PluginSettings, Products, padded_rank
 
@@ -67,11 +67,11 @@ def base_options(base: Path, settings: VllmSettings) -> dict[str, Any]:
 
 
 def home_options(
-    loaded: Mapping[str, HomeWeights], homes: Sequence[str], num_slots: Mapping[str, int], settings: VllmSettings
+    loaded: Mapping[str, HomeWeights], homes: Sequence[str], serving_map: ServingMap, settings: VllmSettings
 ) -> dict[str, Any]:
     """vLLM's arguments for adapters, with room for all of ``homes``, those that failed to load included. ``loaded``:
-    home -> its weights, one at least; ``num_slots``: home -> the slots that its adapters need of it."""
-    plugin = _plugin_settings(loaded, homes, num_slots, settings)
+    home -> its weights, one at least."""
+    plugin = _plugin_settings(loaded, homes, serving_map, settings)
     return {
         "enable_lora": True,
         # Of distinct adapters in a batch, which is no limit of ours.
@@ -85,7 +85,7 @@ def home_options(
 
 
 def _plugin_settings(
-    loaded: Mapping[str, HomeWeights], homes: Sequence[str], num_slots: Mapping[str, int], settings: VllmSettings
+    loaded: Mapping[str, HomeWeights], homes: Sequence[str], serving_map: ServingMap, settings: VllmSettings
 ) -> PluginSettings:
     clusters = [home for home in homes if home.startswith("cluster:")]
     diagonal = {
@@ -100,10 +100,11 @@ def _plugin_settings(
     if settings.device == "cpu":
         by_device = "numba" if settings.dtype == "float32" else "grouped"
     products = settings.products or by_device
+    num_slots, num_members = serving_map.num_slots(), Counter(own.home for own in serving_map.adapters.values())
     factor_slots: Counter[int] = Counter()
     for home in homes:
         if (rank := factors_rank(home)) is not None:
-            factor_slots[padded_rank(rank, products)] += num_slots[home]
+            factor_slots[padded_rank(rank, products)] += num_members[home]
     ranks = [
         max(own.U.shape[1], own.V.shape[1])
         for weights in loaded.values()

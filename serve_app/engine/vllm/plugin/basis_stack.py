@@ -7,7 +7,7 @@ Truncated and raw adapters are in stacks of their own, a position each, without 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,20 +76,22 @@ class BasisStack:
             own = self.cores[start : start + len(cores), i]
             (own[:, :r_U] if self.settings.is_diagonal else own[:, :r_U, :r_V]).copy_(cores)
 
-    def put_factors(self, positions: Sequence[int], slices: Sequence[ModuleWeights | None]) -> None:
-        """Write a home of truncated and raw adapters: its slot s to ``positions[s]``, which must be clear."""
-        places = torch.tensor(positions, device=self.V.device)
+    def put_factors(self, positions: Mapping[int, int], slices: Sequence[ModuleWeights | None]) -> None:
+        """Write a home of truncated and raw adapters: its slot s to ``positions[s]``."""
+        self.clear(list(positions.values()))
+        slots = torch.tensor(list(positions), dtype=torch.int64)
+        places = torch.tensor(list(positions.values()), dtype=torch.int64, device=self.V.device)
         for i, weights in enumerate(slices):
             if weights is None:
                 continue
             assert weights.rows is not None
-            r = weights.U.shape[2]
-            A, B = weights.V.mT.index_select(0, weights.rows), weights.U.index_select(0, weights.rows)
+            r, rows = weights.U.shape[2], weights.rows[slots]
+            A, B = weights.V.mT.index_select(0, rows), weights.U.index_select(0, rows)
             self.V[:, 0, i * self.rank : i * self.rank + r].index_copy_(0, places, A.to(self.V))
             self.U[i][:, 0, :, :r].index_copy_(0, places, B.to(self.V))
 
     def clear(self, positions: Sequence[int]) -> None:
-        places = torch.tensor(positions, device=self.V.device)
+        places = torch.tensor(positions, dtype=torch.int64, device=self.V.device)
         for tensor in (self.V, *self.U):
             tensor.index_fill_(0, places, 0)
         if self.has_cores:

@@ -40,6 +40,7 @@ SYMBOLS = {
     ),
     "vllm.lora.layers": ("LoRAMapping",),
     "vllm.lora.layers.base_linear": ("BaseLinearLayerWithLoRA._apply_lora_to_output",),
+    "vllm.lora.ops.triton_ops.lora_kernel_metadata": ("LoRAKernelMeta.prepare_tensors",),
     "vllm.lora.punica_wrapper.punica_base": (
         "PunicaWrapperBase.update_metadata",
         "PunicaWrapperBase.add_shrink",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.lora.layers import LoRAMapping
 
@@ -13,6 +14,14 @@ from serve_app.engine.vllm.plugin.token_index import Positions
 
 def update_kernels(kernels: Any, positions: Positions, num_positions: int) -> None:
     """Point vLLM's shrink and expand at positions[t] for each token, at none for -1."""
+    meta = getattr(kernels, "token_mapping_meta", None)
+    if meta is not None:
+        # All that the GPU's kernels read. (vLLM's update_metadata lists every position in each step.)
+        meta.prepare_tensors(torch.from_numpy(positions).to(kernels.device))
+        # vLLM launches nothing for a batch in which nobody has a LoRA. Here that is a batch without a token of this
+        # kind, and a graph that is captured on one would lack the kernels for good. They return at once without.
+        meta.no_lora_flag_cpu.fill_(False)
+        return
     ids = tuple((positions + 1).tolist())
     mapping = LoRAMapping(ids, ids, is_prefill=True)
     # vLLM's own convention: one more than the slots that hold something.

@@ -7,7 +7,7 @@ knows homes (``attach``, ``detach``); the LoRA id of a request stands for the pl
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,11 @@ from serve_app.engine.vllm.plugin.token_index import Place, TokenIndex, read_pat
 
 @dataclass(frozen=True)
 class _Taken:
-    """A home of factors: slot s of it stands at ``positions[s]`` of the bucket's stacks."""
+    """A home of factors: slot s of it stands at ``positions[s]`` of the bucket's stacks. A slot without an adapter, or
+    of one that touches no module, has no position."""
 
     bucket: int
-    positions: tuple[int, ...]
+    positions: Mapping[int, int]
 
 
 class HomeModelManager(LRUCacheLoRAModelManager):
@@ -180,21 +181,25 @@ class HomeModelManager(LRUCacheLoRAModelManager):
 
     def _attach_factors(self, home: str, rank: int, weights: dict[str, ModuleWeights]) -> None:
         self._check_shapes(home, weights)
-        num_slots = max(own.num_slots for own in weights.values())
-        largest = max(own.U.shape[2] for own in weights.values())
+        slots = _touching_slots(weights)
+        largest = max((own.U.shape[2] for own in weights.values()), default=rank)
         bucket, taken = self.settings.bucket_of(rank), self.factor_homes.get(home)
-        free = self.free_positions[bucket] + list(taken.positions if taken else ()) if bucket is not None else []
-        if bucket is None or len(free) < num_slots or largest > self.settings.factor_slots[bucket][0]:
+        room = 0 if bucket is None else len(self.free_positions[bucket]) + len(taken.positions if taken else ())
+        if bucket is None or room < len(slots) or largest > self.settings.factor_slots[bucket][0]:
             raise BundleError(
-                f"home {home!r}: {num_slots} adapters of rank {max(rank, largest)}, the engine has room for "
-                f"{len(free)} more of that rank; detach a home of it, or start the replica anew with more homes"
+                f"home {home!r}: {len(slots)} adapters of rank {max(rank, largest)}, the engine has room for "
+                f"{room} more of that rank; detach a home of it, or start the replica anew with more homes"
             )
         self.detach(home)
-        positions = tuple(self.free_positions[bucket][:num_slots])
-        for name, stacks in self.factor_stacks.items():
-            stacks[bucket].put_factors(positions, self._own_slices(name, weights))
-        del self.free_positions[bucket][:num_slots]
+        positions = dict(zip(slots, self.free_positions[bucket], strict=False))
+        del self.free_positions[bucket][: len(slots)]
         self.factor_homes[home] = _Taken(bucket, positions)
+        try:
+            for name, stacks in self.factor_stacks.items():
+                stacks[bucket].put_factors(positions, self._own_slices(name, weights))
+        except BaseException:
+            self.detach(home)  # out of memory, say: the layers that were written before hold nothing of it either
+            raise
 
     def _own_slices(self, name: str, weights: dict[str, ModuleWeights]) -> list[ModuleWeights | None]:
         """This worker's part of what a layer's slices get."""
@@ -209,14 +214,15 @@ class HomeModelManager(LRUCacheLoRAModelManager):
             self.positions[position] = None
         if (taken := self.factor_homes.pop(home, None)) is not None:
             for stacks in self.factor_stacks.values():
-                stacks[taken.bucket].clear(taken.positions)
-            self.free_positions[taken.bucket] += taken.positions
+                stacks[taken.bucket].clear(list(taken.positions.values()))
+            self.free_positions[taken.bucket] += taken.positions.values()
 
     def place_of(self, path: str) -> Place:
         home, slot = read_path(path)
         # The engine admits no request whose home is not attached, and drains a home before it detaches it.
         if (taken := self.factor_homes.get(home)) is not None:
-            return Place(taken.positions[slot], bucket=taken.bucket)
+            # -1 is no position: an adapter that touches no module answers as the base.
+            return Place(taken.positions.get(slot, -1), bucket=taken.bucket)
         assert home in self.positions, f"home {home!r} is not attached"
         return Place(self.positions.index(home), slot)
 
@@ -258,3 +264,12 @@ class HomeModelManager(LRUCacheLoRAModelManager):
                     "home is a new one"
                 )
             own.check(home, module, d_ins[module], d_outs[module])
+
+
+def _touching_slots(stack: dict[str, ModuleWeights]) -> list[int]:
+    """The slots of a home of factors that are not on the zero row at every module, in order."""
+    slots: set[int] = set()
+    for own in stack.values():
+        assert own.rows is not None
+        slots.update((own.rows != len(own.U) - 1).nonzero()[:, 0].tolist())
+    return sorted(slots)

@@ -27,7 +27,8 @@ _PLACE = re.compile(r"cts:/(?P<home>.+)#(?P<slot>[0-9]+)")
 @dataclass(frozen=True)
 class Place:
     """Where an adapter's weights are: ``position`` is its basis in the stacks, ``slot`` its core there. A truncated or
-    raw adapter has a position of its own, in the stacks of a ``bucket`` (of PluginSettings.factor_slots)."""
+    raw adapter has a position of its own, in the stacks of a ``bucket`` (of PluginSettings.factor_slots); -1 for none,
+    like the base."""
 
     position: int
     slot: int = 0

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.bundle.serving_map import ServedAdapter, ServingMap
 from cluster.errors import ConfigError
 from cluster.layer import ModuleWeights
 from serve_app.app import choose_engine
+from serve_app.engine.vllm.options import VllmSettings, home_options
 from serve_app.engine.vllm.plugin import compatibility
 from serve_app.engine.vllm.plugin.basis_stack import BasisStack
 from serve_app.engine.vllm.plugin.register import register
@@ -138,7 +140,7 @@ def test_truncated_and_raw_adapters_of_several_ranks_meet_only_their_own_rows(pr
     # Where they stand is the manager's choice.
     at = [(1, 0), (2, 0)]
     for stack, positions, slices in zip(stacks, at, homes, strict=True):
-        stack.put_factors(positions, slices)
+        stack.put_factors(dict(enumerate(positions)), slices)
     adapters = {13: (0, 0), 14: (0, 1), 15: (1, 0), 16: (1, 1)}  # LoRA id -> bucket, slot
     places = {1: Place(0, 0)} | {i: Place(at[bucket][slot], bucket=bucket) for i, (bucket, slot) in adapters.items()}
     for ids in ([14, 0, 13, 1, 16, 14, 15, 0], [13, 13], [16], [1, 0]):
@@ -241,6 +243,20 @@ def test_settings_survive_and_a_section_that_is_not_ours_is_refused() -> None:
     assert PluginSettings.of({"other": 1}) is None
     with pytest.raises(ConfigError, match="extra"):
         PluginSettings.of({SECTION: own.to_config()[SECTION] | {"extra": 1}})
+
+
+def test_room_is_made_for_adapters_and_none_for_slots_that_somebody_left() -> None:
+    places = {"a": ("factors:2.0", 0), "b": ("factors:2.0", 200), "c": ("factors:3.0", 7), "d": ("factors:8.0", 1)}
+    entries = {
+        name: ServedAdapter(name, home, slot, "raw", None, "sha256:0", "sha256:0", 0.0)
+        for name, (home, slot) in places.items()
+    }
+    weights = {"layer.q_proj": ModuleWeights(torch.zeros(1, 4, 2), torch.zeros(1, 4, 2), None, torch.zeros(1).long())}
+    homes = sorted({home for home, _ in places.values()})
+    options = home_options({"factors:2.0": weights}, homes, ServingMap("base", entries), VllmSettings())
+    own = PluginSettings.of(options["additional_config"])
+    assert own is not None
+    assert own.factor_slots == ((4, 3), (8, 1))
 
 
 def test_a_rank_is_in_the_stack_of_the_next_power_of_two() -> None:
