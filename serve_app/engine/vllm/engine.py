@@ -169,7 +169,8 @@ class VllmEngine:
 
     def _load_checked(self, home: str) -> LoadedHome:
         try:
-            loaded = _checked(home, self._load_home(home), self._serving_map.members(home))
+            members = self._serving_map.members(home)
+            loaded = _checked(home, self._load_home(home), members, self._num_slots[home])
         except Exception as error:
             self._states.set(home, f"{type(error).__name__}: {error}")
             raise
@@ -259,14 +260,14 @@ class VllmEngine:
         return EngineStopped(f"vLLM: {type(error).__name__}: {error}")
 
 
-def _checked(home: str, loaded: LoadedHome, members: Mapping[int, str]) -> LoadedHome:
-    """The same, without the adapters of a stack that are not finite. ``members`` are its slots in the serving map.
-    Raises BundleError.
+def _checked(home: str, loaded: LoadedHome, members: Mapping[int, str], num_slots: int) -> LoadedHome:
+    """The same, without the adapters of a stack that are not finite. ``members`` and ``num_slots`` as the serving map
+    has them. Raises BundleError.
 
     vLLM samples from whatever comes out; nothing behind this check would notice.
     """
     weights: HomeWeights = {}
-    failed, num_slots = dict(loaded.failed), max(members, default=-1) + 1
+    failed = dict(loaded.failed)
     for module, own in loaded.weights.items():
         if own.num_slots < num_slots:
             raise BundleError(
@@ -277,12 +278,12 @@ def _checked(home: str, loaded: LoadedHome, members: Mapping[int, str]) -> Loade
             # A sum is not finite if a number in it is not, and takes a tenth of the time of a look at each.
             if tensor is None or tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all():
                 continue
-            told = f"{part} of module {module!r} is not finite; compress it anew"
             if own.rows is None:
-                raise BundleError(f"home {home!r}: {told}")
+                raise BundleError(f"home {home!r}: {part} of module {module!r} is not finite; compress it anew")
             finite = torch.isfinite(tensor).flatten(1).all(dim=1)
             weights[module], slots = _without(weights[module], ~finite)
-            failed |= dict.fromkeys(slots, f"BundleError: {told}")
+            told = f"{'B' if part == 'U' else 'A'} of module {module!r} is not finite; compress it anew"
+            failed |= {slot: f"BundleError: adapter {members.get(slot)!r}: {told}" for slot in slots}
     if failed.keys() >= members.keys() and failed:
         raise BundleError(f"home {home!r}: {next(iter(failed.values())).partition(': ')[2]}")
     return LoadedHome(weights, failed)

@@ -59,6 +59,7 @@ class BasisStack:
             self._add_numba(self.V.new_zeros(0, sum(d_outs)), self.V.new_zeros(0, d_in), Tasks.none())
         else:
             self.U = tuple(torch.zeros(C + 1, 1, d_out, R, dtype=dtype, device=device) for d_out in d_outs)
+        if settings.products == "grouped":
             self._V_T = [self.V[position, 0].T for position in range(C)]
             self._U_T = [[U[position, 0].T for position in range(C)] for U in self.U]
 

@@ -129,6 +129,7 @@ def test_homes_and_adapters_that_fail_are_recorded_and_leave_the_others_ready(ru
     assert {home for home, state in health.homes.items() if state == "ready"} == {*CLUSTERS, *FACTORS}
     assert health.adapters.keys() == {"gone", "nan"}
     assert health.adapters["gone"] == GONE
+    assert health.adapters["nan"].startswith("BundleError: adapter 'nan': B of module 'model.layers.")
     assert "is not finite" in health.adapters["nan"]
     assert "StoreUnreachable: http://127.0.0.1:1: connection refused" in health.homes[BROKEN["unreachable"]]
     assert "model.layers.99.self_attn.q_proj" in health.homes[BROKEN["alien"]]

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.bundle.reading import LoadedHome
 from cluster.bundle.serving_map import ServedAdapter, ServingMap
-from cluster.errors import ConfigError
+from cluster.errors import BundleError, ConfigError
 from cluster.layer import ModuleWeights
 from serve_app.app import choose_engine
+from serve_app.engine.vllm.engine import _checked
 from serve_app.engine.vllm.options import VllmSettings, home_options
 from serve_app.engine.vllm.plugin import compatibility
 from serve_app.engine.vllm.plugin.basis_stack import BasisStack
@@ -257,6 +259,19 @@ def test_room_is_made_for_adapters_and_none_for_slots_that_somebody_left() -> No
     own = PluginSettings.of(options["additional_config"])
     assert own is not None
     assert own.factor_slots == ((4, 3), (8, 1))
+
+
+def test_what_is_not_finite_is_called_by_the_adapter_and_by_its_own_names() -> None:
+    A, B, rows = torch.zeros(3, 4, 2), torch.zeros(3, 4, 2), torch.tensor([1, 0])
+    A[0, 3, 1] = torch.inf
+    checked = _checked("factors:2.0", LoadedHome({"q": ModuleWeights(B, A, None, rows)}, {}), {0: "a", 1: "b"}, 2)
+    assert checked.failed == {1: "BundleError: adapter 'b': A of module 'q' is not finite; compress it anew"}
+    assert checked.weights["q"].rows is not None
+    assert checked.weights["q"].rows.tolist() == [1, 2]
+    with pytest.raises(BundleError, match=r"home 'factors:2\.0': adapter 'b': A of module 'q' is not finite"):
+        _checked("factors:2.0", LoadedHome({"q": ModuleWeights(B, A, None, rows[1:])}, {}), {0: "b"}, 1)
+    with pytest.raises(BundleError, match="home 'cluster:0': V of module 'q' is not finite"):
+        _checked("cluster:0", LoadedHome({"q": ModuleWeights(B[0], A[0], torch.ones(1, 2))}, {}), {0: "a"}, 1)
 
 
 def test_a_rank_is_in_the_stack_of_the_next_power_of_two() -> None:
