@@ -79,7 +79,8 @@ def settle_gate(
     if not judged:
         reason = f"none of the {len(subjects)} sampled adapters changes what the base answers there"
         return _or_error(job, failed[0] if failed else reason)
-    level, found = choose_gate(judged, [error.error for error in errors.values()], asked.keep)
+    num_adapters = sum(not asked.is_raw(adapter_id) for adapter_id in collection.records)
+    level, found = choose_gate(judged, [error.error for error in errors.values()], asked.keep, num_adapters)
     say(f"gate {level.gate:g}: {len(judged)} sampled adapters keep {level.kept:.3f} there, {asked.keep:g} is asked for")
     spent = math.fsum(one.cpu_seconds for one in done)
     return Gate(level.gate, evidence, asked.keep, tuple(found), tuple(judged), cpu_seconds=spent)

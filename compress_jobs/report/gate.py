@@ -33,13 +33,12 @@ def gate(manifest: Manifest, report: Notes) -> Section | None:
     how = "A point is an adapter as some gate would have it served; the lines are all of them at that gate."
     rows = [
         (
-            f"{level['gate']:g}",
-            level["on_basis"],
-            f"{level['kept']:.4f}",
-            f"{level['worst']:.4f}",
-            level["worst_adapter"],
+            f"{one['gate']:g}",
+            one["on_basis"],
+            *(f"{one[key]:.4f}" for key in ("kept", "at_least", "worst")),
+            one["worst_adapter"],
         )
-        for level in known["levels"]
+        for one in known["levels"]
     ]
-    header = ("gate", ">of them on a basis", ">kept, mean", ">worst", "who")
+    header = ("gate", ">of them on a basis", ">kept, mean", ">of all, at least", ">worst", "who")
     return Section("gate", "The gate", figure(svg, how, here) + table("Gates that were tried", header, rows))
