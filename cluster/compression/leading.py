@@ -22,7 +22,7 @@ from cluster.compression.jd_full import jd_full
 from cluster.compression.stack import FactorStack
 from cluster.compression.svd import truncate_all
 
-FEWEST = 2  # singular values of an adapter. One alone misleads: bases that hold only these gain at all others' cost
+FEWEST = 2  # singular values of an adapter. With one alone the rounds raised the error, where it was tried
 
 
 @dataclass(frozen=True)

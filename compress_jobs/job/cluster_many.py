@@ -5,7 +5,8 @@ At most ``_TOGETHER`` adapters, or ``_A_CLUSTER`` a cluster, are clustered toget
 every round each half of a cluster is judged by the basis of its other half and by those of the other clusters, and all
 move to where most of them is captured. Then each of the others goes to the cluster whose basis captures most of it.
 
-One start: from k-means on joint cores the rounds come to no lower error, measured with families and without.
+One start: k-means on joint cores, tried on four collections with one seed each, ended at most 0.3% lower than random
+labels and up to 4% higher.
 """
 
 from __future__ import annotations
