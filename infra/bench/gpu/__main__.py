@@ -65,6 +65,8 @@ def run_part(seconds: int, line: Sequence[str]) -> dict[str, Any]:
     """What its last line says: JSON, or how many tests passed. ``failed`` where there is none, and why."""
     began = time.perf_counter()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    if not torch.cuda.is_available():
+        environment["OMP_NUM_THREADS"] = "1"  # tiny products: on a busy machine threads would wait for each other
     try:
         done = subprocess.run(
             [sys.executable, "-m", *line], capture_output=True, text=True, timeout=seconds, env=environment
