@@ -21,7 +21,7 @@ from tests.support.jobs import copy_adapters, run_job
 from tests.support.paths import ZOO
 from tests.support.place import Place
 
-pytestmark = pytest.mark.usefixtures("ray_for_jobs")
+with_ray = pytest.mark.usefixtures("ray_for_jobs")
 
 NAMES = ("city-country", "past", "roman")
 
@@ -34,6 +34,7 @@ def half_of_the_tasks(path: Path) -> Path:
 
 
 @pytest.mark.slow
+@with_ray
 def test_where_the_base_cannot_be_loaded_the_papers_gate_is_taken_and_said(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,6 +52,7 @@ def test_where_the_base_cannot_be_loaded_the_papers_gate_is_taken_and_said(
 
 
 @pytest.mark.slow
+@with_ray
 @pytest.mark.parametrize("evidence", ["loss", "probe"])
 def test_the_adapters_keep_what_was_asked_for_on_rows_that_the_gate_never_saw(
     zoo_path: Path, base_path: Path, tmp_path: Path, evidence: str
@@ -96,6 +98,7 @@ def test_rows_for_nobody_in_the_collection_are_refused_before_any_work(place: Pl
 
 
 @pytest.mark.slow
+@with_ray
 def test_rows_that_cannot_be_asked_end_the_run(place: Place, tmp_path: Path) -> None:
     """They were given to judge by: another gate than they bear out would be worse than none."""
     tasks = tmp_path / "tasks.jsonl"
@@ -104,6 +107,8 @@ def test_rows_that_cannot_be_asked_end_the_run(place: Place, tmp_path: Path) -> 
         run_job(place.adapters, place.base, place.out, gate=AUTO, tasks=str(tasks))
 
 
+@pytest.mark.slow
+@with_ray
 def test_a_base_that_no_node_can_hold_is_not_tried(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate_step, "_PROCESS_BYTES", 1 << 50)
     outcome = run_job(place.adapters, place.base, place.out, rank=2, gate=AUTO)

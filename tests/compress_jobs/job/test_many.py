@@ -127,6 +127,7 @@ def test_a_task_of_little_memory_fits_one_cluster_at_a_time_and_gives_the_same_b
     assert object_bytes(tmp_path) == object_bytes(together[0])
 
 
+@pytest.mark.slow
 def test_too_little_memory_for_one_cluster_is_refused_with_the_figure_needed() -> None:
     with pytest.raises(NotEnoughMemory, match=r"--task-memory 100MiB: the largest cluster takes 601MiB to fit"):
         tasks.memory_of_a_task("100MiB", (600 << 20) + 1)

@@ -17,7 +17,7 @@ from compress_jobs.quality.probe import Probe
 from compress_jobs.quality.scorer import Scorer
 from tests.support.jobs import copy_adapters
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 NAME = "roman"
 

@@ -24,6 +24,7 @@ from compress_jobs.report import costs as report_costs
 from compress_jobs.report import errors as report_errors
 from compress_jobs.report import plots as report_plots
 from compress_jobs.report.facts import verdict_on_svd
+from compress_jobs.report.gate import gate
 from compress_jobs.report.page import Section
 from compress_jobs.report.render import render
 from compress_jobs.report.summary import ErrorFigure
@@ -39,7 +40,8 @@ SECTIONS = {
     "seconds": {"time"},
 }
 OTHER_KEYS = {
-    "bytes_before", "bytes_after", "served", "on_basis", "random_split", "svd_equal_bytes", "target_error",
+    "bytes_before", "bytes_after", "served", "on_basis", "clustering", "random_split", "svd_equal_bytes",
+    "target_error",
     "bytes_read", "peak_task_memory_bytes", "cluster_sizes",
 }  # fmt: skip
 
@@ -155,6 +157,7 @@ def make_report(manifest: Manifest) -> dict[str, Any]:
         "bytes_after": manifest.resident_bytes(),
         "served": {"mean": 0.05, "worst": 0.19, "worst_adapter": "t/a0001"},
         "on_basis": {"mean": 0.06, "worst": 0.4, "worst_adapter": "t/a0004"},
+        "clustering": {"mean": 0.06, "worst": 0.4, "worst_adapter": "t/a0002"},
         "random_split": {"mean": 0.08, "worst": 0.5, "worst_adapter": "t/a0002"},
         "svd_equal_bytes": {"mean": 0.04, "worst": 0.1, "worst_adapter": "t/a0003"},
         "module_errors": {module: chance.random() / 5 for module in manifest.modules},
@@ -241,14 +244,14 @@ def test_everything_that_report_json_may_hold_is_shown(whole: tuple[Manifest, di
     assert by_layer["13"][3] == f"{sum(experts) / 2:.4f}"
 
 
-@pytest.mark.parametrize("bit", range(4))
+@pytest.mark.parametrize("bit", range(5))
 def test_keys_that_report_json_lacks_take_only_their_own_sections_along(
     whole: tuple[Manifest, dict[str, Any], str], bit: int
 ) -> None:
     """The keys whose number has this bit are missing, or null: of any two keys, some page has only one."""
     manifest, report, text = whole
     keys = [*SECTIONS, *sorted(OTHER_KEYS)]
-    assert len(keys) < 1 << 4
+    assert len(keys) < 1 << 5
     gone = {key for i, key in enumerate(keys) if i >> bit & 1}
     less = {key: None if key in gone else value for key, value in report.items() if bit % 2 or key not in gone}
     thinner = render(manifest, less)
@@ -424,7 +427,7 @@ def test_the_verdict_on_svd_follows_the_figures(joint: float, svd: float, expect
 
 def test_clustering_no_better_than_a_random_split_is_not_praised(whole: tuple[Manifest, dict[str, Any], str]) -> None:
     manifest, report, _ = whole
-    same = {"on_basis": report["random_split"] | {"mean": 0.0796}, "similarity": [[0.1] * 3] * 3}
+    same = {"clustering": report["random_split"] | {"mean": 0.0796}, "similarity": [[0.1] * 3] * 3}
     text = Page(body_of(report_errors.clusters(manifest, report | same))).text
     assert "Clustering is no better than a random balanced split (mean 0.0796 against 0.0800)" in text
     text = Page(body_of(report_errors.similarity(manifest, report | same))).text
@@ -483,3 +486,25 @@ def test_the_command_writes_the_page_of_a_published_bundle(
         assert main(["report", str(out)]) == 1
         assert "report.json is not a JSON object" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "nowhere")]) == 1
+
+
+def test_the_gate_is_drawn_with_what_it_was_chosen_by(whole: tuple[Manifest, dict[str, Any], str]) -> None:
+    manifest, _, text = whole
+    assert "gate" not in Page(text).anchors, "it was given"
+    level = {"kept": 0.995, "at_least": 0.991, "worst": 0.97, "worst_adapter": "t/<b>", "on_basis": 3}
+    way = {"how": "basis", "error": 0.2, "kept": -50.0, "agreement": 0.9}
+    notes = {
+        "gate": {
+            "keep": 0.99,
+            "levels": [level | {"gate": gate} for gate in (0.1, manifest.method.gate)],
+            "judged": [{"adapter_id": "t/<b>", "ways": [way], "by_level": [0, 0]}],
+            "reason": "",
+        }
+    }
+    probed = replace(manifest, method=replace(manifest.method, evidence="probe", keep=0.99))
+    section = Page(body_of(gate(probed, notes)))
+    assert "1 sampled adapters were judged by a probe" in section.text
+    assert "0.995 is kept in the mean, and 0.970 of the worst, t/<b>; 0.99 was asked for" in section.text
+    papers = replace(manifest, method=replace(manifest.method, evidence="paper", keep=0.99))
+    without = {"gate": {"keep": 0.99, "levels": [], "judged": [], "reason": "no <base>"}}
+    assert "no evidence of this collection: no <base>" in Page(body_of(gate(papers, without))).text
