@@ -50,7 +50,7 @@ def compare(
     d_outs: tuple[int, ...] = (40, 24, 24),
 ) -> None:
     torch.manual_seed(rank + num_tokens)
-    settings = PluginSettings(NUM_BASES, SLOTS_EACH, rank, 0, diagonal, "numba")
+    settings = PluginSettings(NUM_BASES, SLOTS_EACH, rank, (), diagonal, "numba")
     stack, index = BasisStack(settings, d_in, d_outs, torch.float32, CPU), TokenIndex(settings, 4096, CPU)
     core = (SLOTS_EACH, rank) if diagonal else (SLOTS_EACH, rank, rank)
     clusters = [
@@ -131,7 +131,7 @@ def test_torch_keeps_its_number_of_threads() -> None:
 
 
 def test_rows_of_a_wider_tensor_are_read_where_they_are() -> None:
-    settings = PluginSettings(1, 1, 4, 0, False, "numba")
+    settings = PluginSettings(1, 1, 4, (), False, "numba")
     stack, index = BasisStack(settings, 8, (8,), torch.float32, CPU), TokenIndex(settings, 16, CPU)
     weights = ModuleWeights(torch.randn(8, 4), torch.randn(8, 4), torch.randn(1, 4, 4))
     stack.put(0, [weights])
@@ -144,7 +144,7 @@ def test_rows_of_a_wider_tensor_are_read_where_they_are() -> None:
 
 
 def test_an_index_of_another_step_is_refused_before_anything_is_written() -> None:
-    settings = PluginSettings(1, 1, 4, 0, False, "numba")
+    settings = PluginSettings(1, 1, 4, (), False, "numba")
     stack, index = BasisStack(settings, 8, (8,), torch.float32, CPU), TokenIndex(settings, 16, CPU)
     index.set([1, 1, 1], {1: Place(0, 0)})
     assert index.on_bases is not None

@@ -137,7 +137,7 @@ def test_widths_that_no_block_divides() -> None:
 
 def test_the_plugins_index_and_stack_hand_the_kernel_what_it_needs() -> None:
     """A step, then a smaller one: what the first left in the index must not be read by the second."""
-    settings = PluginSettings(3, 4, 6, 2, False, "triton")
+    settings = PluginSettings(3, 4, 6, ((8, 2),), False, "triton")
     index = TokenIndex(settings, 64, torch.device(DEVICE))
     stack = BasisStack(settings, 24, D_OUTS, torch.float32, torch.device(DEVICE))
     torch.manual_seed(0)
