@@ -155,9 +155,9 @@ def test_an_index_of_another_step_is_refused_before_anything_is_written() -> Non
 def test_tasks_are_short_and_hold_every_token_once() -> None:
     sizes = np.array([0, 1, MAX_TASK_TOKENS, 0, 2 * MAX_TASK_TOKENS + 1])
     total = int(sizes.sum())
-    tasks = Tasks.make(sizes, np.arange(total), np.arange(total), total)
+    tasks = Tasks.make(np.array([0, 10, 20, 30, 40]), sizes, np.arange(total), np.arange(total), total)
     lengths = np.diff(tasks.starts)
-    assert tasks.positions.tolist() == [1, 2, 4, 4, 4]
+    assert tasks.positions.tolist() == [10, 20, 40, 40, 40]
     assert lengths.tolist() == [1, MAX_TASK_TOKENS, MAX_TASK_TOKENS, MAX_TASK_TOKENS, 1]
     assert tasks.starts[0] == 0
     assert tasks.starts[-1] == total
