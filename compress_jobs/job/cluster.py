@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -103,7 +104,9 @@ def _cluster_pools(
     few = [number for number, pool in enumerate(pools) if len(pool) < MANY]
     results = tasks.run_bounded(tasks.remote(cluster_few), [calls[number] for number in few], in_flight)
     found = {few[index]: result for index, result in results}
-    found |= {number: cluster_many(*calls[number], in_flight) for number in range(len(pools)) if number not in found}
+    for number in sorted(set(range(len(pools))) - set(found)):
+        step = partial(cluster_many, *calls[number], in_flight)
+        found[number] = once(context, f"{context.fits}clustering/{number}", ClusteredPool, step)
     labels = [0] * len(adapter_ids)
     first = 0
     for number, (pool, share) in enumerate(zip(pools, shares, strict=True)):

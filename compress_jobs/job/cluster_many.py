@@ -11,10 +11,14 @@ labels and up to 4% higher.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import ray
+import torch
 from numpy.typing import NDArray
 
 from cluster.compression.balanced import Labels, balanced_assignment, random_balanced
@@ -35,6 +39,8 @@ _LEAST_RISE, _MOST = 1.05, 0.5
 _ADAPTERS_A_TASK, _BYTES_A_TASK = 256, 64 << 20
 
 Gains = NDArray[np.float64]
+Kept = dict[str, dict[str, NDArray[Any]]]
+"""Module -> the fields of ``Leading``, as they lie in Ray's object store."""
 Bases = dict[str, dict[int, Basis]]
 """Module -> cluster -> its basis there."""
 
@@ -53,14 +59,14 @@ class ClusteredPool:
 
 @dataclass(frozen=True)
 class Pool:
-    """Adapters that are clustered together, as tasks know them: what is kept of them lies in parts, a chunk of
-    consecutive ones each. ``name``: of the parts' folder."""
+    """Adapters that are clustered together, as tasks know them. ``kept``: references to what is kept of them, a chunk
+    of consecutive ones each; every round reads all of it several times, from memory. ``name``: of the parts' folder."""
 
     context: JobContext
     name: str
     num_adapters: int
     num_clusters: int
-    num_chunks: int
+    kept: tuple[Any, ...]
 
     def part(self, step: str) -> str:
         return f"{self.context.fits}clustering/{self.name}/{step}"
@@ -70,10 +76,11 @@ class Pool:
 
     def chunks(self) -> Iterator[dict[str, Leading]]:
         """Of one chunk after the other: module -> what is kept of its adapters."""
-        for number in range(self.num_chunks):
-            tensors = read_tensors(self.context, self.key(f"leading-{number}"))
-            modules = sorted({name.rpartition(".")[0] for name in tensors})
-            yield {module: Leading(*(tensors[f"{module}.{field}"] for field in Leading.FIELDS)) for module in modules}
+        for reference in self.kept:
+            own: Kept = ray.get(reference)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it cannot be written to: nothing here does
+                yield {m: Leading(*(torch.from_numpy(fields[f]) for f in Leading.FIELDS)) for m, fields in own.items()}
 
     def members(self, labels: Labels, clusters: Sequence[int]) -> dict[str, Leading]:
         """Module -> what is kept of those that have one of these labels."""
@@ -105,27 +112,26 @@ def cluster_many(
     num_values = values_needed(count, k, int(context.options.rank))
     size = _chunk_size(context, num_values)
     chunks = [together[i : i + size] for i in range(0, count, size)]
-    pool = Pool(context, name, count, k, len(chunks))
     calls = [
-        (pool, number, [adapter_ids[i] for i in chunk], number * size, of_adapters(energies, chunk), num_values)
+        (context, [adapter_ids[i] for i in chunk], number * size, of_adapters(energies, chunk), num_values)
         for number, chunk in enumerate(chunks)
     ]
-    for _ in track(tasks.run_bounded(tasks.remote(keep_leading), calls, in_flight), len(calls), "sample"):
-        pass
+    kept = dict(track(tasks.run_bounded(tasks.keeping(keep_leading), calls, in_flight), len(calls), "sample"))
+    pool = Pool(context, name, count, k, tuple(kept[number] for number in range(len(calls))))
     at_random = random_balanced(count, k, np.random.default_rng(seed))
     found = _rounds(pool, at_random, in_flight) if 1 < k < count else at_random
     random_errors = _measure(pool, "random", at_random, in_flight)
     errors = _measure(pool, "found", found, in_flight)
     start = "random" if 1 < k < count else "only one way"
-    kept = "found"
+    bases = "found"
     if errors.mean() >= random_errors.mean() and start == "random":
-        found, errors, kept, start = at_random, random_errors, "random", "random, unimproved"
+        found, errors, bases, start = at_random, random_errors, "random", "random, unimproved"
     labels = np.empty(num_adapters, dtype=np.int64)
     labels[together] = found
     if others := sorted(set(range(num_adapters)) - set(together)):
         own = [others[i : i + size] for i in range(0, len(others), size)]
         placing = [
-            (pool, number, [adapter_ids[i] for i in chunk], of_adapters(energies, chunk), num_values, kept)
+            (pool, number, [adapter_ids[i] for i in chunk], of_adapters(energies, chunk), num_values, bases)
             for number, chunk in enumerate(own)
         ]
         gains = np.zeros((len(others), k))
@@ -185,20 +191,13 @@ def _measure(pool: Pool, name: str, labels: Labels, in_flight: int) -> NDArray[n
 
 
 def keep_leading(
-    pool: Pool, number: int, adapter_ids: Sequence[str], first: int, energies: KindEnergies, num_values: int
-) -> list[str]:
-    """Leave one chunk's part. ``first``: the number of its first adapter. Returns the modules that they touch."""
-    key = pool.key(f"leading-{number}")
-
-    def step() -> list[str]:
-        kept = _leading(pool.context, adapter_ids, first, energies, num_values)
-        named = {f"{m}.{field}": getattr(kept[m], field).contiguous() for m in kept for field in Leading.FIELDS}
-        write_tensors(pool.context, key, named)
-        return sorted(kept)
-
-    stands = lambda _: tensors_stand(pool.context, [key])  # noqa: E731
-    found: list[str] = once(pool.context, pool.part(f"leading-{number}"), list[str], step, stands)
-    return found
+    context: JobContext, adapter_ids: Sequence[str], first: int, energies: KindEnergies, num_values: int
+) -> Kept:
+    """What is kept of one chunk. ``first``: the number of its first adapter."""
+    kept = _leading(context, adapter_ids, first, energies, num_values)
+    return {
+        module: {field: getattr(kept[module], field).numpy() for field in Leading.FIELDS} for module in sorted(kept)
+    }
 
 
 def judge(pool: Pool, clusters: Sequence[int], labels: Labels, halves: NDArray[np.bool_]) -> Gains:
@@ -240,7 +239,7 @@ def measure(pool: Pool, name: str, clusters: Sequence[int], labels: Labels) -> N
 
 
 def place(
-    pool: Pool, number: int, adapter_ids: Sequence[str], energies: KindEnergies, num_values: int, kept: str
+    pool: Pool, number: int, adapter_ids: Sequence[str], energies: KindEnergies, num_values: int, bases: str
 ) -> list[list[float]]:
     """(n, clusters): energy of each adapter that each cluster's basis captures, of those that ``measure`` left."""
 
@@ -248,7 +247,7 @@ def place(
         own = _leading(pool.context, adapter_ids, 0, energies, num_values)
         gains = np.zeros((len(adapter_ids), pool.num_clusters))
         for group in range(len(_groups(pool))):
-            tensors = read_tensors(pool.context, pool.key(f"{kept}-{group}"))
+            tensors = read_tensors(pool.context, pool.key(f"{bases}-{group}"))
             for name in sorted({name.removesuffix(".U") for name in tensors if name.endswith(".U")}):
                 module, _, cluster = name.rpartition(".")
                 # A module that none of those clustered together touches has no bases: it tells nothing.
@@ -282,5 +281,5 @@ def _chunk_size(context: JobContext, num_values: int) -> int:
 
 def _groups(pool: Pool) -> list[list[int]]:
     """Clusters of one task: those of as many adapters as a chunk holds, about."""
-    count = min(pool.num_clusters, pool.num_chunks)
+    count = min(pool.num_clusters, len(pool.kept))
     return [group.tolist() for group in np.array_split(np.arange(pool.num_clusters), count)]

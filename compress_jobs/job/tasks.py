@@ -37,6 +37,18 @@ def remote(step: Callable[..., Any]) -> Any:
     return ray.remote(num_cpus=1, **_RETRIES)(run)
 
 
+@functools.cache
+def keeping(step: Callable[..., Any]) -> Any:
+    """``remote``, for what other tasks shall read: it stays in Ray's object store, where those of a node share it, is
+    spilled to disk where there is no room, and made again where it was lost. For ``run_bounded``."""
+
+    def run(*arguments: Any) -> tuple[None, Any]:
+        return None, step(*arguments)
+
+    run.__name__ = step.__name__
+    return remote(run).options(num_returns=2)
+
+
 def memory_of_a_task(asked: str, needed: int) -> int:
     """Bytes that a fit task may hold: ``asked`` (--task-memory), or by default what a node has for each of its CPUs, to
     the power of two below, so that it is the same from start to start; ``needed`` (of the largest cluster alone) where
@@ -79,19 +91,24 @@ def largest_node_memory() -> int:
 
 def run_bounded(task: Any, calls: Sequence[tuple[Any, ...]], in_flight: int) -> Iterator[tuple[int, Any]]:
     """Run ``task`` once for each tuple of arguments, at most ``in_flight`` at a time; yields (index, result)
-    as they end. Raises the step's own error, or CtsError when Ray lost the task for good; then, and when the caller
+    as they end. Of a task that ``keeping`` made the result stays where it is, and its reference is yielded.
+
+    Raises the step's own error, or CtsError when Ray lost the task for good; then, and when the caller
     stops early, the tasks still running have been stopped: none writes a part after the job has tidied up."""
     waiting = iter(enumerate(calls))
-    running: dict[Any, int] = {}
+    running: dict[Any, tuple[int, list[Any]]] = {}
     try:
         while True:
             while len(running) < in_flight and (call := next(waiting, None)) is not None:
-                running[task.remote(*call[1])] = call[0]
+                sent = task.remote(*call[1])
+                ended, *kept = sent if isinstance(sent, list) else [sent]
+                running[ended] = call[0], kept
             if not running:
                 return
             done, _ = ray.wait(list(running), num_returns=1)
-            index = running.pop(done[0])
-            yield index, _result(done[0])
+            index, kept = running.pop(done[0])
+            result = _result(done[0])
+            yield index, kept[0] if kept else result
     finally:
         if running and ray.is_initialized():
             _stop(list(running))

@@ -135,6 +135,7 @@ def summary_of(done: Compressed, manifest: Manifest, costs: Costs) -> Summary:
         on_basis=ErrorFigure.of({adapter_id: on_bases[adapter_id].error for adapter_id in compared}),
         clustering=ErrorFigure.of(dict(zip(measured, sampled, strict=True))),
         random_split=ErrorFigure.of(dict(zip(measured, at_random, strict=True))),
+        num_estimated=len(measured),
         svd_equal_bytes=ErrorFigure.of(_svd_errors(done, manifest, compared)),
         clustering_start=clustered.start if clustered else "",
         similarity=_similarity(clustered, manifest) if clustered else None,

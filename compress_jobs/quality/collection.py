@@ -7,7 +7,7 @@ size. What is published comes from ``run``, which holds a layer at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,16 @@ class Collection:
 
     adapters: Adapters
     stacks: dict[str, FactorStack]
+
+    @staticmethod
+    def of(adapters: Adapters, modules: Iterable[str]) -> Collection:
+        """``modules``: in the model's order."""
+        stacks = {}
+        for module in modules:
+            stack = stack_factors([(i, own[module]) for i, own in enumerate(adapters.values()) if module in own])
+            if stack is not None:
+                stacks[module] = stack
+        return Collection(adapters, stacks)
 
     @property
     def size_bytes(self) -> int:
@@ -79,12 +89,7 @@ def read_collection(address: str, base: BaseModel, layout: Layout) -> Collection
         adapters[files.adapter_id] = {module: factors[module] for module in factors if record.modules[module].energy}
     if not adapters:
         raise ConfigError(f"--adapters {address}: no adapter there that can be accepted")
-    stacks = {}
-    for module in base.modules:
-        stack = stack_factors([(i, own[module]) for i, own in enumerate(adapters.values()) if module in own])
-        if stack is not None:
-            stacks[module] = stack
-    return Collection(adapters, stacks)
+    return Collection.of(adapters, base.modules)
 
 
 def compress_jointly(collection: Collection, labels: Labels, method: JointMethod, rank: int, seed: int) -> Compressed:

@@ -11,6 +11,7 @@ from cluster.bundle.manifest import Adapter, Manifest
 from compress_jobs.report import plots
 from compress_jobs.report.facts import Notes, by_number, error_figure, mean, served_error, svd_beside
 from compress_jobs.report.page import Section, count, error_text, figure, table
+from compress_jobs.report.summary import without_placed
 
 _WORST = 20
 _LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
@@ -192,6 +193,9 @@ def _verdict_on_split(report: Notes) -> str:
     if ours is None or at_random is None:
         return ""
     figures = f"(mean {error_text(ours.mean)} against {error_text(at_random.mean)})"
+    num_estimated = report.get("num_estimated")
+    if num_estimated is not None and num_estimated < report["num_fitted"]:
+        figures = f"{figures[:-1]}, which {without_placed(num_estimated)})"
     if ours.is_clearly_below(at_random):
         return (
             f"Clustering lowers the error of a random balanced split by {1 - ours.mean / at_random.mean:.1%} {figures}."

@@ -34,11 +34,12 @@ class ErrorFigure:
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of one run. Errors: ``served`` as published, over the adapters that were fitted; ``on_basis`` the
-    same before the gate; ``clustering`` and ``random_split`` estimates on the sampled modules, for this clustering and
-    for a random balanced split of the same size; ``svd_equal_bytes`` for plain truncation with the bytes that those
-    adapters take in the bundle. ``module_errors``: module -> mean relative error on the bases. ``similarity``: mean
-    cosine within and across clusters. ``choices``: what the automatic choice weighed. ``tradeoff``: bytes of
+    """Figures of one run. Errors: ``served`` as published, over the adapters that were fitted; ``on_basis`` the same
+    before the gate; ``clustering`` and ``random_split`` estimates on the sampled modules, for this clustering and for a
+    random balanced split of the same size, of the ``num_estimated`` adapters that were clustered together (not with
+    those that were placed afterwards in their clusters); ``svd_equal_bytes`` for plain truncation with the bytes that
+    those adapters take in the bundle. ``module_errors``: module -> mean relative error on the bases. ``similarity``:
+    mean cosine within and across clusters. ``choices``: what the automatic choice weighed. ``tradeoff``: bytes of
     resident tensors against mean error. ``num_fitted``: adapters meant for a basis, of which ``num_fitted_alone`` stand
     alone in ``bytes_alone``, ``num_dissolved`` of these though they met the gate; ``alternatives``: what would change
     that. ``gate``: how it was chosen, None where it was given; see ``job/gate.py``."""
@@ -62,6 +63,7 @@ class Summary:
     on_basis: ErrorFigure | None
     clustering: ErrorFigure | None
     random_split: ErrorFigure | None
+    num_estimated: int
     svd_equal_bytes: ErrorFigure | None
     clustering_start: str
     similarity: list[list[float]] | None
@@ -145,6 +147,8 @@ class Summary:
                 out.append(f"           {name:<34} {figure.mean:6.4f}   {figure.worst:6.4f}  {figure.worst_adapter}")
         if self.random_split is not None and self.clustering is not None:
             out.append(f"           {_verdict(self.clustering, self.random_split)}")
+            if self.num_estimated < self.num_fitted:
+                out.append(f"           both {without_placed(self.num_estimated)}")
         for mode in ("truncated", "raw"):
             for adapter_id, adapter in sorted(manifest.adapters.items()):
                 if adapter.mode == mode:
@@ -157,6 +161,10 @@ class Summary:
 
 def ratio_text(before: int, after: int) -> str:
     return f"{before / after:.2f} times fewer" if before >= after else f"{after / before:.2f} times more"
+
+
+def without_placed(num_estimated: int) -> str:
+    return f"are of clusters of {num_estimated:,} adapters, without those that were placed in them afterwards"
 
 
 def _verdict(ours: ErrorFigure, at_random: ErrorFigure) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -79,7 +80,11 @@ def test_those_that_are_placed_afterwards_find_their_family(
 ) -> None:
     monkeypatch.setattr(cluster_many, "_TOGETHER", 80)
     monkeypatch.setattr(cluster_many, "_A_CLUSTER", 20)
-    run(kin, tmp_path)
+    outcome = run(kin, tmp_path)
+    assert outcome.summary is not None
+    assert outcome.summary.num_estimated == 80
+    assert "both are of clusters of 80 adapters, without those" in "\n".join(outcome.summary.lines(outcome.manifest))
+    assert "which are of clusters of 80 adapters, without those" in next(tmp_path.rglob("report.html")).read_text()
     at_random = together[1].random_split
     assert at_random is not None
     assert mean_error(tmp_path) < 0.95 * at_random.mean
@@ -96,20 +101,24 @@ def test_a_clustering_that_was_stopped_goes_on_and_gives_the_same_bytes(
     undisturbed = run(kin, tmp_path / "undisturbed", in_flight=1)
     work = tmp_path / "out" / "work"
     written: dict[Path, int] = {}
-    for step in ("_rounds", "_measure"):
+    for step, ends in (("halves_of", 2), ("_measure", 1)):  # in the second round, and after the last
+        calls = itertools.count(1)
+        does = getattr(cluster_many, step)
 
-        def stop(*_: object) -> None:
-            raise Stopped
+        def stop(*given: Any, does: Any = does, ends: int = ends, calls: Any = calls) -> Any:
+            if next(calls) == ends:
+                raise Stopped
+            return does(*given)
 
         with monkeypatch.context() as patched:
             patched.setattr(cluster_many, step, stop)
             with pytest.raises(Stopped):
                 run(kin, tmp_path / "out")
-        left = {path: path.stat().st_mtime_ns for path in work.rglob("clustering/*/*.*")}
+        left = {path: path.stat().st_mtime_ns for path in work.rglob("clustering/**/*.*")}
         assert len(left) > len(written)
         assert written.items() <= left.items()
         written = left
-    assert {path.name for path in written} >= {"leading-0.json", "round-0.json"}
+    assert {path.name for path in written} >= {"round-0.json", "round-1.json"}
     assert run(kin, tmp_path / "out").manifest.bundle == undisturbed.manifest.bundle
     assert object_bytes(tmp_path / "out") == object_bytes(tmp_path / "undisturbed")
 
