@@ -25,6 +25,7 @@ from compress_jobs.job.choose import Chosen
 from compress_jobs.job.cluster_many import ClusteredPool, cluster_many
 from compress_jobs.job.context import JobContext
 from compress_jobs.job.parts import once
+from compress_jobs.job.prepare import Job
 from compress_jobs.job.sample import KindEnergies, of_adapters, read_sample, tenants
 from compress_jobs.progress import say
 
@@ -45,7 +46,7 @@ class Clustered:
     similarity: list[list[float]]
 
 
-def cluster_all(chosen: Chosen) -> Clustered | None:
+def cluster_all(job: Job, chosen: Chosen) -> Clustered | None:
     """None where no adapter is meant for a basis."""
     context, adapter_ids = chosen.context, list(chosen.records)
     if not adapter_ids:
@@ -59,7 +60,7 @@ def cluster_all(chosen: Chosen) -> Clustered | None:
         return _without_choice(context, adapter_ids)
     energies = kind_energies(list(chosen.records.values()))
     if len(adapter_ids) >= MANY:
-        return _cluster_pools(context, adapter_ids, num_clusters, energies)
+        return _cluster_pools(context, adapter_ids, num_clusters, energies, job.in_flight)
     found: Clustered = tasks.run_one(tasks.remote(cluster_adapters), context, adapter_ids, num_clusters, energies)
     return found
 
@@ -91,10 +92,9 @@ def cluster_adapters(
 
 
 def _cluster_pools(
-    context: JobContext, adapter_ids: Sequence[str], num_clusters: int, energies: KindEnergies
+    context: JobContext, adapter_ids: Sequence[str], num_clusters: int, energies: KindEnergies, in_flight: int
 ) -> Clustered:
     """All of them together, or every tenant's on their own."""
-    in_flight = context.options.in_flight or tasks.default_in_flight()
     pools = group_by_tenant(tenants(context, adapter_ids))
     shares = share_clusters([len(pool) for pool in pools], num_clusters)
     calls = [

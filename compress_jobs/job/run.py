@@ -91,7 +91,7 @@ def _run(job: Job) -> Outcome:
         stands = False
         while not stands:
             with costs.phase("cluster"):
-                clustered = cluster_all(chosen)
+                clustered = cluster_all(job, chosen)
             with costs.phase("fit"):
                 fitted = fit_all(job, chosen, clustered)
             costs.bytes_read += fitted.bytes_read

@@ -21,7 +21,7 @@ from compress_jobs.job import ray_cluster, run, tasks
 from compress_jobs.job.choose import Chosen
 from compress_jobs.job.cluster import Clustered, cluster_all
 from compress_jobs.job.options import RunOptions
-from compress_jobs.job.prepare import prepare
+from compress_jobs.job.prepare import Job, prepare
 from compress_jobs.job.run import Outcome
 from tests.support.jobs import (
     FEW,
@@ -224,9 +224,9 @@ def test_an_adapter_replaced_during_the_job_is_named_and_the_others_are_served(
 ) -> None:
     adapters = copy_adapters(zoo_path, tmp_path / "adapters")
 
-    def replace_then_cluster(chosen: Chosen) -> Clustered | None:
+    def replace_then_cluster(job: Job, chosen: Chosen) -> Clustered | None:
         scale_factor_b(adapters / "past", 2.0)
-        return cluster_all(chosen)
+        return cluster_all(job, chosen)
 
     monkeypatch.setattr(run, "cluster_all", replace_then_cluster)
     outcome = run_job(adapters, base_path, tmp_path / "out", rank=16)
@@ -249,9 +249,9 @@ def test_of_twins_that_saw_the_same_change_the_slower_one_ends_well(
     slower, faster = prepare(options), prepare(options)
     published = []
 
-    def replace_then_cluster(chosen: Chosen) -> Clustered | None:
+    def replace_then_cluster(job: Job, chosen: Chosen) -> Clustered | None:
         scale_factor_b(adapters / "past", 2.0)
-        return cluster_all(chosen)
+        return cluster_all(job, chosen)
 
     def other_first(*_: object) -> None:
         monkeypatch.undo()
@@ -278,10 +278,10 @@ def test_modules_that_only_changed_adapters_touch_are_left_out_and_nothing_else(
     """Of these three only ``past`` has k_proj."""
     adapters = copy_adapters(zoo_path, tmp_path / "adapters", ("city-country", "country-id", "past"))
 
-    def replace_then_cluster(chosen: Chosen) -> Clustered | None:
+    def replace_then_cluster(job: Job, chosen: Chosen) -> Clustered | None:
         for name in changing:
             scale_factor_b(adapters / name, 2.0)
-        return cluster_all(chosen)
+        return cluster_all(job, chosen)
 
     monkeypatch.setattr(run, "cluster_all", replace_then_cluster)
     if len(changing) == 3:
