@@ -105,8 +105,8 @@ class PlacementArguments:
 @dataclass(frozen=True)
 class LimitArguments:
     """``max_batch`` sequences of at most ``max_model_len`` tokens run together in a replica; ``max_inflight``
-    sequences of a group may run or wait before the router answers 429; a request with more than ``max_prompts``
-    prompts is refused, one that takes longer than ``request_timeout_s`` is given up (504)."""
+    sequences of a group may run or wait before the router answers 429; a request for more than ``max_prompts``
+    sequences is refused, one that takes longer than ``request_timeout_s`` is given up (504)."""
 
     max_batch: Annotated[int, _whole(1)] = 32
     max_model_len: Annotated[int, _whole(2)] = 2048

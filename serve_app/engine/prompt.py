@@ -46,6 +46,14 @@ class PromptReader:
             raise RequestError(f"the {param} is empty; at least one token is needed", param)
         if outside := [token for token in token_ids if not 0 <= token < self.vocab_size]:
             raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}", param)
+        for name, tokens in (
+            ("logit_bias", [t for t, _ in request.logit_bias]),
+            ("stop_token_ids", request.stop_token_ids),
+        ):
+            if outside := [token for token in tokens if not 0 <= token < self.vocab_size]:
+                raise RequestError(
+                    f"{name}: token id {outside[0]} is outside the vocabulary of {self.vocab_size}", name
+                )
         room = self.max_model_len - len(token_ids)
         if room <= 0:
             raise RequestError(
@@ -106,4 +114,10 @@ def _check_options(request: GenerationRequest) -> None:
     need(request.min_tokens >= 0, "min_tokens", "0 or more")
     need(math.isfinite(request.temperature) and request.temperature >= 0, "temperature", "0 or more")
     need(0 < request.top_p <= 1, "top_p", "more than 0 and at most 1")
+    need(request.top_k >= 0, "top_k", "0 or more")
+    need(0 <= request.min_p <= 1, "min_p", "0 to 1")
+    for name in ("presence_penalty", "frequency_penalty"):
+        need(-2 <= getattr(request, name) <= 2, name, "-2 to 2")
+    need(0 < request.repetition_penalty < math.inf, "repetition_penalty", "more than 0")
+    need(all(math.isfinite(bias) for _, bias in request.logit_bias), "logit_bias", "finite numbers")
     need(all(request.stop), "stop", "strings of at least one character")

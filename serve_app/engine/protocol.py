@@ -22,7 +22,9 @@ class GenerationRequest:
     it stands with the tokenizer's own special tokens), ``prompt_token_ids`` and ``messages`` (chat, through
     the adapter's own chat template where it brought one, else the base's) is set. ``max_tokens`` None means: up to the
     context's end.
-    ``seed`` None means: fresh randomness. ``temperature`` 0 is greedy.
+    ``seed`` None means: fresh randomness. ``temperature`` 0 is greedy. ``top_k`` 0 means: all tokens. ``logit_bias``:
+    token id -> what is added to its logit. A token of ``stop_token_ids`` ends the answer, and has no text. How logits
+    become a token, and in which order: ``serve_app/engine/transformers/sampling.py``; vLLM does the same.
     """
 
     request_id: str
@@ -35,6 +37,13 @@ class GenerationRequest:
     ignore_eos: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     seed: int | None = None
 

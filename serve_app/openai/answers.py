@@ -76,7 +76,8 @@ class ModelPage(BaseModel):
 
 @dataclass
 class Answering:
-    """Builds the answer to one request, whole or chunk by chunk."""
+    """Builds the answer to one request, whole or chunk by chunk. ``continuous_usage``: every chunk counts what has come
+    so far."""
 
     id: str
     model: str
@@ -84,6 +85,8 @@ class Answering:
     chat: bool
     num_choices: int
     include_usage: bool
+    continuous_usage: bool = False
+    choices_a_prompt: int = 1
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -120,9 +123,10 @@ class Answering:
             yield self._answer(self._chunk_object, [], usage=self.usage())
 
     def usage(self) -> Usage:
-        """Summed over the choices that have answered so far."""
-        chunks = [chunk for chunk in self._last if chunk is not None]
-        prompt, completion = sum(c.num_prompt_tokens for c in chunks), sum(c.num_completion_tokens for c in chunks)
+        """Of what has answered so far: completions summed over the choices, each prompt counted once."""
+        completion = sum(chunk.num_completion_tokens for chunk in self._last if chunk is not None)
+        prompts = [self._last[i : i + self.choices_a_prompt] for i in range(0, self.num_choices, self.choices_a_prompt)]
+        prompt = sum(max(chunk.num_prompt_tokens if chunk else 0 for chunk in choices) for choices in prompts)
         return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
     @property
@@ -133,7 +137,9 @@ class Answering:
         return Choice(index=index, **said, logprobs=None, finish_reason=finish_reason)
 
     def _chunk(self, choices: list[Choice]) -> Answer:
-        return self._answer(self._chunk_object, choices, **({"usage": None} if self.include_usage else {}))
+        if not self.include_usage:
+            return self._answer(self._chunk_object, choices)
+        return self._answer(self._chunk_object, choices, usage=self.usage() if self.continuous_usage else None)
 
     def _answer(self, kind: str, choices: list[Choice], **usage: Usage | None) -> Answer:
         return Answer(

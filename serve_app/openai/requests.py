@@ -1,12 +1,14 @@
 """Requests of the OpenAI API, as far as they are honoured here.
 
-A field is honoured, or accepted at a value that asks for nothing (``NEUTRAL``; null is neutral for all of
-them, real clients and load generators send such fields), or refused with a 400 that names it. Never ignored.
+A field is honoured, or accepted where it asks for nothing (``NEUTRAL``; null is neutral for all of them, real clients
+and load generators send such fields) or where no text could follow from it (``SAYS_NOTHING``), or refused with a 400
+that names it. Never ignored.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -15,19 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from serve_app.engine.protocol import GenerationRequest
 from serve_app.openai.errors import ApiError, invalid
 
-MAX_STOPS = 4  # OpenAI's own limit
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on to the context's end
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI
-    "n": (1,),
-    "best_of": (1,),
     "echo": (False,),
     "suffix": (),
-    "user": (),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "response_format": ({"type": "text"},),
@@ -39,21 +34,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "metadata": ({},),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
     "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
-    "safety_identifier": (),
-    "prompt_cache_key": (),
     # vLLM
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
-    "stop_token_ids": ([],),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "include_stop_str_in_output": (False,),
@@ -79,7 +65,28 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
 }
 """Field -> its values, besides null, that ask for nothing this server does not do anyway."""
-_NEUTRAL_IN_MESSAGES = ("name", "refusal", "audio", "annotations", "tool_calls", "tool_call_id", "function_call")
+SAYS_NOTHING: dict[str, type] = {
+    "user": str,
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+    "prompt_cache_retention": str,
+    "service_tier": str,
+    "metadata": dict,
+    "store": bool,
+}
+"""Field -> the kind of its values. It is about accounts, caches or logs, and changes nothing of the text."""
+# What agents play back of the answer before, at the values that it had there.
+_NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "name": (),
+    "refusal": (),
+    "audio": (),
+    "annotations": ([],),
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+}
 
 R = TypeVar("R", bound="GenerationFields")
 
@@ -90,9 +97,11 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
+    """``include_obfuscation`` asks for padding against who listens in; no text depends on it, and none is sent."""
+
     include_usage: bool = False
-    continuous_usage_stats: Literal[False] = False
-    include_obfuscation: Literal[False] = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
 
 
 class GenerationFields(_Strict):
@@ -106,27 +115,56 @@ class GenerationFields(_Strict):
     ignore_eos: bool = False
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    top_k: int = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
+    # OpenAI's bounds.
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     stop: tuple[str, ...] = ()
+    n: int = Field(1, ge=1)
+    # Of so many the best n are to be given: none is left out here, so that it can only be n.
+    best_of: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     NULL_IS_DEFAULT: ClassVar[tuple[str, ...]] = (
         *("min_tokens", "ignore_eos", "temperature", "top_p", "stop", "stream", "max_tokens", "seed"),
-        *("stream_options", "max_completion_tokens"),
+        *("stream_options", "max_completion_tokens", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
+        *("repetition_penalty", "logit_bias", "stop_token_ids", "n", "best_of"),
     )
 
     @field_validator("stop", mode="before")
     @classmethod
     def _stop_as_tuple(cls, value: Any) -> Any:
         stops = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else None
-        if stops is None or len(stops) > MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
-            raise ValueError(f"expected a non-empty string, or a list of at most {MAX_STOPS} of them")
+        if stops is None or not all(isinstance(stop, str) and stop for stop in stops):
+            raise ValueError("expected a non-empty string, or a list of them")
         return stops
+
+    @field_validator("stop_token_ids", mode="before")
+    @classmethod
+    def _list_as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _by_token_id(cls, value: dict[str, float]) -> dict[str, float]:
+        if strange := [token for token in value if not re.fullmatch("[0-9]{1,9}", token)]:
+            raise ValueError(f"expected token ids as keys, not {strange[0][:100]!r}")
+        return value
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """In every chunk; as with vLLM, only where usage is asked for at all."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -140,12 +178,24 @@ class GenerationFields(_Strict):
             "ignore_eos": self.ignore_eos,
             "temperature": float(self.temperature),
             "top_p": float(self.top_p),
+            "top_k": max(self.top_k, 0),
+            "min_p": float(self.min_p),
+            "presence_penalty": float(self.presence_penalty),
+            "frequency_penalty": float(self.frequency_penalty),
+            "repetition_penalty": float(self.repetition_penalty),
+            "logit_bias": tuple((int(token), float(bias)) for token, bias in self.logit_bias.items()),
+            "stop_token_ids": self.stop_token_ids,
             "stop": self.stop,
-            "seed": self.seed,
         }
 
+    def seed_of(self, choice: int) -> int | None:
+        """Choices of one prompt differ: the first has the request's seed, each next one the seed after."""
+        if self.seed is None:
+            return None
+        return (self.seed + choice + 2**63) % 2**64 - 2**63
+
     def generations(self, answer_id: str, adapter: str | None) -> list[GenerationRequest]:
-        """One request for the engine per prompt, in order."""
+        """``n`` requests for the engine per prompt, in order."""
         raise NotImplementedError
 
 
@@ -178,33 +228,43 @@ class CompletionRequest(GenerationFields):
     def generations(self, answer_id: str, adapter: str | None) -> list[GenerationRequest]:
         return [
             GenerationRequest(
-                f"{answer_id}-{index}",
+                f"{answer_id}-{index * self.n + choice}",
                 adapter,
                 prompt=prompt if isinstance(prompt, str) else None,
                 prompt_token_ids=None if isinstance(prompt, str) else prompt,
+                seed=self.seed_of(choice),
                 **self.sampling(),
             )
             for index, prompt in enumerate(self.prompt)
+            for choice in range(self.n)
         ]
 
 
 class TextPart(_Strict):
+    """``cache_control`` is about a cache that this server does not have."""
+
     type: Literal["text"]
     text: str
+    cache_control: dict[str, Any] | None = None
 
 
 class Message(_Strict):
-    """Text parts are joined by line feeds."""
+    """Text parts are joined by line feeds. An assistant's turn may have said nothing; ``name`` goes into no prompt, as
+    chat templates know none."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: str
+    name: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {name: v for name, v in value.items() if not (name in _NEUTRAL_IN_MESSAGES and v is None)}
+        kept = {n: v for n, v in value.items() if not (v is None or v in _NEUTRAL_IN_MESSAGES.get(n, ()))}
+        if value.get("role") == "assistant":
+            kept.setdefault("content", "")
+        return kept
 
     @field_validator("content", mode="before")
     @classmethod
@@ -215,6 +275,11 @@ class Message(_Strict):
             raise ValueError("expected a string or a list of text parts")
         return value
 
+    @property
+    def spoken_by(self) -> str:
+        """OpenAI's newer name of the system role is no template's."""
+        return "system" if self.role == "developer" else self.role
+
 
 class ChatRequest(GenerationFields):
     """POST /v1/chat/completions."""
@@ -222,8 +287,13 @@ class ChatRequest(GenerationFields):
     messages: Annotated[list[Message], Field(min_length=1)]
 
     def generations(self, answer_id: str, adapter: str | None) -> list[GenerationRequest]:
-        messages = tuple({"role": message.role, "content": message.content} for message in self.messages)
-        return [GenerationRequest(f"{answer_id}-0", adapter, messages=messages, **self.sampling())]
+        messages = tuple({"role": message.spoken_by, "content": message.content} for message in self.messages)
+        return [
+            GenerationRequest(
+                f"{answer_id}-{choice}", adapter, messages=messages, seed=self.seed_of(choice), **self.sampling()
+            )
+            for choice in range(self.n)
+        ]
 
 
 def parse_request(kind: type[R], body: bytes) -> R:
@@ -248,6 +318,10 @@ def _without_neutral(kind: type[GenerationFields], document: Mapping[str, Any]) 
         if name in kind.model_fields:
             if value is not None or name not in kind.NULL_IS_DEFAULT:
                 kept[name] = value
+        elif name in SAYS_NOTHING:
+            if value is not None and not isinstance(value, SAYS_NOTHING[name]):
+                kind_of = {str: "a string", dict: "an object", bool: "true or false"}[SAYS_NOTHING[name]]
+                raise invalid(f"{name} is {json.dumps(value)[:100]}, expected {kind_of}", name, "invalid_value")
         elif name not in NEUTRAL:
             raise invalid(f"Unknown field {name!r}: this server does not know what it asks for", name, "unknown_field")
         elif value is not None and not any(_same(value, neutral) for neutral in NEUTRAL[name]):
@@ -287,5 +361,11 @@ def _check_together(request: GenerationFields) -> None:
             "give one of them",
             "max_completion_tokens",
         )
+    if request.best_of not in (None, request.n):
+        raise invalid(
+            f"best_of is {request.best_of} and n {request.n}: no choice is left out here; leave it out", "best_of"
+        )
+    if request.n > 1 and request.temperature == 0:
+        raise invalid(f"n is {request.n} at temperature 0, where all choices would be the same; ask for one", "n")
     if request.max_new_tokens is not None and request.min_tokens > request.max_new_tokens:
         raise invalid(f"min_tokens is {request.min_tokens}, above max_tokens {request.max_new_tokens}", "min_tokens")

@@ -67,10 +67,12 @@ class Router:
         sequences = request.generations(answer_id, adapter.adapter_id if adapter else None)
         if len(sequences) > self._spec.max_prompts:
             raise invalid(
-                f"prompt holds {len(sequences)} prompts, at most {self._spec.max_prompts} a request", "prompt"
+                f"the request asks for {len(sequences)} sequences (prompts times n), at most {self._spec.max_prompts}",
+                "n" if request.n > 1 else "prompt",
             )
         chunks = self._ask(group, sequences)
-        answering = Answering(answer_id, request.model, served, chat, len(sequences), request.include_usage)
+        usage = (request.include_usage, request.continuous_usage)
+        answering = Answering(answer_id, request.model, served, chat, len(sequences), *usage, request.n)
         headers = {"X-Served-Revision": served, "X-Cluster": _cluster_header(adapter)}
         if request.stream:
             return await stream(chunks, answering, headers)

@@ -223,6 +223,40 @@ def test_several_prompts_are_several_choices_with_one_sum(app: App) -> None:
     assert texts == [choice.text for choice in together.choices]
 
 
+def test_n_choices_of_each_prompt_differ_come_again_with_the_seed_and_count_their_prompt_once(app: App) -> None:
+    def sample(**options: Any) -> Any:
+        return app.say("add", ["Once", "Twice"], temperature=1.0, seed=5, n=3, max_tokens=8, **options)
+
+    whole = sample()
+    once, twice = (app.say("add", prompt, temperature=1.0, seed=6, max_tokens=8) for prompt in ("Once", "Twice"))
+    texts = [choice.text for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == list(range(6))
+    assert len(set(texts)) == 6
+    assert (texts[1], texts[4]) == (once.choices[0].text, twice.choices[0].text)
+    assert whole.usage.completion_tokens == 48
+    assert whole.usage.prompt_tokens == once.usage.prompt_tokens + twice.usage.prompt_tokens
+    streamed = [""] * 6
+    for chunk in sample(stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == texts
+
+
+def test_what_narrows_the_draw_to_one_token_is_greedy_and_what_is_biased_away_is_not_said(
+    app: App, base_path: Path
+) -> None:
+    greedy = app.say("add", "Once", max_tokens=8).choices[0].text
+    for narrow in ({"top_k": 1}, {"min_p": 1}):
+        drawn = app.say("add", "Once", max_tokens=8, temperature=1.0, extra_body=narrow)
+        assert drawn.choices[0].text == greedy
+    digits = AutoTokenizer.from_pretrained(base_path).convert_tokens_to_ids(list("0123456789"))
+    free, banned = (
+        app.say("add", "1, 2, 3, 4,", max_tokens=8, logit_bias=bias).choices[0].text
+        for bias in ({}, {str(token): -100 for token in digits})
+    )
+    assert any(digit in free for digit in "0123456789")
+    assert not any(digit in banned for digit in "0123456789")
+
+
 def test_a_stop_string_ends_the_answer_before_it(app: App) -> None:
     free = app.say(BASE, "1, 2, 3, 4,", max_tokens=12).choices[0].text
     stop = free[len(free) // 2 :][:2]
@@ -329,7 +363,8 @@ def test_a_cluster_with_a_flipped_byte_is_503_for_its_adapters_and_the_other_clu
     [
         ("completions", {"model": "nobody", "prompt": "x"}, 404, "model", "model_not_found"),
         ("completions", {"model": "roman", "prompt": "x"}, 404, "model", "model_not_found"),
-        ("completions", {"model": "add", "prompt": "x", "n": 2}, 400, "n", "unsupported_value"),
+        ("completions", {"model": "add", "prompt": "x", "echo": True}, 400, "echo", "unsupported_value"),
+        ("completions", {"model": "add", "prompt": "x", "n": 65}, 400, "n", None),
         ("completions", {"model": "add", "prompt": "x", "frob": 1}, 400, "frob", "unknown_field"),
         ("completions", {"model": "add"}, 400, "prompt", "missing_field"),
         ("completions", {"model": "add", "prompt": "x " * 3000}, 400, "prompt", None),

@@ -35,7 +35,7 @@ class Generation:
         self.cancelled = False
         self.deliver = deliver
         seed = secrets.randbits(64) if request.seed is None else request.seed
-        self.sampling = Sampling(request.temperature, request.top_p, seed)
+        self.sampling = Sampling(request.temperature, request.top_p, seed, request.top_k, request.min_p)
         self._max_tokens = max_tokens
         self._text = TextStream(tokenizer, request.stop, request.min_tokens)
 
@@ -45,14 +45,14 @@ class Generation:
 
     @property
     def may_end(self) -> bool:
-        """Whether an end-of-sequence token may be drawn next."""
+        """Whether an end-of-sequence token, or one of ``stop_token_ids``, may be drawn next."""
         return len(self.output_ids) >= self.request.min_tokens
 
     def accept(self, token: int, eos_ids: frozenset[int]) -> GenerationChunk:
-        """Take the next token. An end-of-sequence token that ends the answer counts, but has no text."""
+        """Take the next token. One that ends the answer counts, but has no text."""
         self.output_ids.append(token)
         text, finish_reason = "", None
-        if token in eos_ids and not self.request.ignore_eos:
+        if token in self.request.stop_token_ids or (token in eos_ids and not self.request.ignore_eos):
             text, finish_reason = self._text.finish(), "stop"
         else:
             text = self._text.push(token)

@@ -27,7 +27,7 @@ from serve_app.engine.transformers.adapted_linear import AdaptedLinears
 from serve_app.engine.transformers.base_model import BaseModel
 from serve_app.engine.transformers.batch import Batch
 from serve_app.engine.transformers.generation import Answer, Generation
-from serve_app.engine.transformers.sampling import choose_tokens
+from serve_app.engine.transformers.sampling import adjust, choose_tokens
 from serve_app.engine.transformers.settings import EngineSettings
 
 # What one step prefills at most (a longer prompt goes alone), so that running requests do not wait long.
@@ -208,8 +208,9 @@ class EngineLoop:
         """Draw the next token of each of ``generations`` from its row of logits (rows, V), and tell its owner."""
         is_finite = logits.isfinite().all(dim=-1).tolist()
         for row, generation in enumerate(generations):
+            adjust(logits[row], generation.request, generation.prompt_ids, generation.output_ids)
             if not generation.may_end:
-                logits[row, self._eos_columns] = -torch.inf
+                logits[row, [*self._eos_columns, *generation.request.stop_token_ids]] = -torch.inf
         samplings = [generation.sampling for generation in generations]
         tokens = choose_tokens(logits, samplings, [len(generation.output_ids) for generation in generations])
         answers = [

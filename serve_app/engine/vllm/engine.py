@@ -231,6 +231,13 @@ class VllmEngine:
         return SamplingParams(
             temperature=request.temperature,
             top_p=request.top_p,
+            top_k=request.top_k,
+            min_p=request.min_p,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            logit_bias=dict(request.logit_bias) or None,
+            stop_token_ids=list(request.stop_token_ids) or None,
             # vLLM's seeds are signed 64-bit numbers.
             seed=None if request.seed is None else request.seed & (2**63 - 1),
             stop=list(request.stop) or None,

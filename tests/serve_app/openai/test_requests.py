@@ -27,11 +27,13 @@ def completion(**fields: Any) -> CompletionRequest:
 
 def test_every_honoured_field_reaches_the_engine() -> None:
     request = chat(
-        max_tokens=5, min_tokens=2, ignore_eos=True, temperature=0.5, top_p=0.9, stop=["a", "b"], seed=-7, stream=True
-    )
+        max_tokens=5, min_tokens=2, ignore_eos=True, temperature=0.5, top_p=0.9, stop=["a", "b"], seed=-7, stream=True,
+        top_k=7, min_p=0.1, presence_penalty=-1, frequency_penalty=0.5, repetition_penalty=1.2, logit_bias={"5": -100},
+        stop_token_ids=[3, 4], n=2,
+    )  # fmt: skip
     assert request.generations("id", "m") == [
         GenerationRequest(
-            "id-0",
+            f"id-{choice}",
             "m",
             messages=({"role": "user", "content": "hi"},),
             max_tokens=5,
@@ -39,10 +41,30 @@ def test_every_honoured_field_reaches_the_engine() -> None:
             ignore_eos=True,
             temperature=0.5,
             top_p=0.9,
+            top_k=7,
+            min_p=0.1,
+            presence_penalty=-1.0,
+            frequency_penalty=0.5,
+            repetition_penalty=1.2,
+            logit_bias=((5, -100.0),),
+            stop_token_ids=(3, 4),
             stop=("a", "b"),
-            seed=-7,
+            seed=choice - 7,
         )
+        for choice in range(2)
     ]
+
+
+def test_n_choices_of_each_prompt_come_one_after_the_other_each_with_a_seed_of_its_own() -> None:
+    requests = completion(prompt=["a", "b"], n=2, seed=2**63 - 1).generations("id", None)
+    last, first = 2**63 - 1, -(2**63)
+    assert [(r.request_id, r.prompt, r.seed) for r in requests] == [
+        ("id-0", "a", last),
+        ("id-1", "a", first),
+        ("id-2", "b", last),
+        ("id-3", "b", first),
+    ]
+    assert completion(n=2, best_of=2).n == 2
 
 
 def test_defaults_are_openais() -> None:
@@ -101,14 +123,25 @@ def test_a_field_that_is_not_done_is_accepted_at_its_neutral_values_and_refused_
     [
         ({"frobnicate": 1}, "frobnicate"),
         ({"frobnicate": None}, "frobnicate"),
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 2, "temperature": 0}, "n"),
         ({"n": True}, "n"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"n": 2, "best_of": 3}, "best_of"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
         ({"logprobs": True}, "logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"user": "someone"}, "user"),
+        ({"user": 3}, "user"),
+        ({"metadata": "x"}, "metadata"),
+        ({"store": "yes"}, "store"),
         ({"model": None}, "model"),
         ({"model": 3}, "model"),
         ({"messages": []}, "messages"),
@@ -116,7 +149,9 @@ def test_a_field_that_is_not_done_is_accepted_at_its_neutral_values_and_refused_
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "x", "name": "bob"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "x", "name": 3}]}, "messages[0].name"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "reasoning_content": "hm"}]}, "messages[0].reasoning_content"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 2.5}, "max_tokens"),
         ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
@@ -125,7 +160,7 @@ def test_a_field_that_is_not_done_is_accepted_at_its_neutral_values_and_refused_
         ({"temperature": "0.5"}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
         ({"top_p": 0}, "top_p"),
-        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ["a", ""]}, "stop"),
         ({"stop": ""}, "stop"),
         ({"seed": 2**63}, "seed"),
         ({"stream": 1}, "stream"),
@@ -138,6 +173,38 @@ def test_what_cannot_be_honoured_is_refused_by_name(fields: dict[str, Any], para
         chat(**fields)
     assert (caught.value.status, caught.value.param) == (400, param)
     assert param in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"user": "someone"},
+        {"safety_identifier": "abc"},
+        {"prompt_cache_key": "abc"},
+        {"prompt_cache_retention": "24h"},
+        {"service_tier": "flex"},
+        {"metadata": {"run": "7"}},
+        {"store": True},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_a_field_of_which_no_text_could_follow_is_accepted_whatever_it_says(field: dict[str, Any]) -> None:
+    assert chat(**field) == chat(**dict.fromkeys(field)) == chat()
+    assert completion(**field) == completion()
+
+
+def test_a_conversation_as_agents_play_it_back_is_taken_as_it_was_said() -> None:
+    part = {"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}
+    messages = [
+        {"role": "developer", "content": "a"},
+        {"role": "user", "content": [part], "name": "bob"},
+        {"role": "assistant", "content": None, "tool_calls": [], "reasoning_content": None, "annotations": []},
+        {"role": "assistant", "content": "c", "refusal": None, "audio": None, "function_call": None, "reasoning": ""},
+        {"role": "user", "content": "d"},
+    ]
+    [request] = chat(messages=messages).generations("id", None)
+    said = [("system", "a"), ("user", "b"), ("assistant", ""), ("assistant", "c"), ("user", "d")]
+    assert request.messages == tuple({"role": role, "content": content} for role, content in said)
 
 
 def test_an_image_in_a_message_is_refused_at_its_place() -> None:
@@ -185,6 +252,8 @@ def test_usage_is_summed_over_prompts_and_choices_keep_their_index() -> None:
     answering.add(1, GenerationChunk("y", (2,), 5, 2, "stop"))
     whole = answering.whole().model_dump(exclude_unset=True)
     assert whole["usage"] == {"prompt_tokens": 8, "completion_tokens": 3, "total_tokens": 11}
+    answering.choices_a_prompt = 2  # both of one prompt
+    assert answering.usage().prompt_tokens == 5
     assert [(c["index"], c["text"], c["finish_reason"]) for c in whole["choices"]] == [
         (0, "a", "length"),
         (1, "xy", "stop"),
@@ -196,6 +265,22 @@ def test_usage_is_null_in_the_chunks_of_a_stream_that_asked_for_it_and_absent_in
     asked, not_asked = (Answering("id", "m", "rev", True, 1, include_usage=asked) for asked in (True, False))
     assert json.loads(asked.piece(0, chunk).model_dump_json(exclude_unset=True))["usage"] is None
     assert "usage" not in json.loads(not_asked.piece(0, chunk).model_dump_json(exclude_unset=True))
+
+
+def test_usage_is_in_every_chunk_where_it_is_asked_for_all_along() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    request = chat(stream=True, stream_options=options)
+    assert (request.include_usage, request.continuous_usage) == (True, True)
+    alone = chat(stream=True, stream_options={"continuous_usage_stats": True})
+    assert (alone.include_usage, alone.continuous_usage) == (False, False)
+    answering = Answering("id", "m", "rev", True, 1, include_usage=True, continuous_usage=True)
+    counted = []
+    for chunk in (GenerationChunk("x", (1,), 5, 1), GenerationChunk("y", (2,), 5, 2)):
+        answering.add(0, chunk)
+        usage = answering.piece(0, chunk).usage
+        assert usage is not None
+        counted.append((usage.prompt_tokens, usage.completion_tokens))
+    assert counted == [(5, 1), (5, 2)]
 
 
 def test_pages_follow_each_other_without_gap_or_overlap() -> None:

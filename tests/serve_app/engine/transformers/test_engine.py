@@ -43,6 +43,7 @@ from tests.support.engines import (
     MAX_BATCH,
     MAX_MODEL_LEN,
     PROMPTS,
+    WISHES,
     Answer,
     Homes,
     ask,
@@ -122,6 +123,30 @@ def test_every_adapter_alone_answers_as_peft_does(
     assert len({tuple(tokens) for tokens in oracle.values()}) == len(oracle), "the oracle must tell adapters apart"
     for adapter, expected in oracle.items():
         assert answer(engine, ask(adapter))[0].token_ids == expected, adapter
+
+
+def test_bias_and_penalties_change_the_answers_of_a_batch_as_their_definitions_say(
+    engine: TransformersEngine, oracle: dict[str | None, list[int]], wished: dict[str | None, list[int]]
+) -> None:
+    answers = answer(engine, *(ask(name, **options) for name, options in WISHES.items()))
+    assert {name: found.token_ids for name, found in zip(WISHES, answers, strict=True)} == wished
+    assert all(wished[name] != oracle[name] for name in WISHES)
+
+
+def test_a_stop_token_ends_an_answer_counts_as_a_token_and_has_no_text(
+    engine: TransformersEngine, oracle: dict[str | None, list[int]], tokenizer
+) -> None:
+    first, second, third = oracle["number-en"][:3]
+    stopped, later = answer(
+        engine,
+        ask("number-en", stop_token_ids=(third,), ignore_eos=True),
+        ask("number-en", stop_token_ids=(third,), min_tokens=3),
+    )
+    assert (stopped.token_ids, stopped.last.finish_reason) == ([first, second, third], "stop")
+    assert stopped.text == tokenizer.decode([first, second])
+    assert later.token_ids[:2] == [first, second]
+    assert later.token_ids[2] != third
+    assert len(later.token_ids) > 3
 
 
 def test_a_mixed_batch_joined_at_different_times_answers_as_peft_does(
@@ -264,6 +289,10 @@ def test_streamed_pieces_make_the_whole_text_and_characters_stay_whole(engine: T
         ({"prompt": "hi", "top_p": 0.0}, "top_p", "0.0"),
         ({"prompt": "hi", "max_tokens": 0}, "max_tokens", "0"),
         ({"prompt": "hi", "stop": ("",)}, "stop", "at least one character"),
+        ({"prompt": "hi", "logit_bias": ((49152, 1.0),)}, "logit_bias", "49152 is outside the vocabulary of 49152"),
+        ({"prompt": "hi", "stop_token_ids": (49152,)}, "stop_token_ids", "49152 is outside the vocabulary of 49152"),
+        ({"prompt": "hi", "repetition_penalty": 0.0}, "repetition_penalty", "more than 0"),
+        ({"prompt": "hi", "min_p": 1.5}, "min_p", "0 to 1"),
     ],
 )
 def test_a_request_that_cannot_be_answered_is_refused_by_field(

@@ -7,14 +7,21 @@ import math
 import pytest
 import torch
 
-from serve_app.engine.transformers.sampling import Sampling, choose_tokens
+from serve_app.engine.protocol import GenerationRequest
+from serve_app.engine.transformers.sampling import Sampling, adjust, choose_tokens
 
 NUM_DRAWS = 8000
 
 
-def exact_probs(logits: list[float], temperature: float, top_p: float) -> list[float]:
-    """By the definition, in Python floats: the fewest most probable tokens that hold top_p, renormalised."""
+def exact_probs(
+    logits: list[float], temperature: float, top_p: float, top_k: int = 0, min_p: float = 0.0
+) -> list[float]:
+    """By the definition, in Python floats: of those that min_p and then top_k leave, renormalised, the fewest most
+    probable tokens that hold top_p, renormalised."""
     weights = [math.exp((logit - max(logits)) / temperature) for logit in logits]
+    weights = [weight if weight >= min_p else 0.0 for weight in weights]
+    least = sorted(weights, reverse=True)[:top_k][-1] if top_k else 0.0
+    weights = [weight if weight >= least else 0.0 for weight in weights]
     probs = [weight / sum(weights) for weight in weights]
     kept, mass = set(), 0.0
     for token in sorted(range(len(probs)), key=lambda token: -probs[token]):
@@ -30,11 +37,17 @@ def draw(logits: list[float], sampling: Sampling, num_draws: int = NUM_DRAWS) ->
     return choose_tokens(rows, [sampling] * num_draws, list(range(num_draws)))
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.8), (0.7, 0.6)])
-def test_tokens_follow_the_distribution(temperature: float, top_p: float) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k", "min_p"),
+    [
+        *((1.0, 1.0, 0, 0.0), (0.5, 1.0, 0, 0.0), (2.0, 1.0, 0, 0.0), (1.0, 0.8, 0, 0.0), (0.7, 0.6, 0, 0.0)),
+        *((1.0, 1.0, 3, 0.0), (1.0, 1.0, 20, 0.0), (1.0, 1.0, 0, 0.4), (2.0, 1.0, 0, 0.4), (1.0, 0.5, 4, 0.3)),
+    ],
+)
+def test_tokens_follow_the_distribution(temperature: float, top_p: float, top_k: int, min_p: float) -> None:
     logits = [1.5, 0.2, -0.7, 1.1, 0.0, -2.0, 0.9, 0.4]
-    expected = exact_probs(logits, temperature, top_p)
-    tokens = draw(logits, Sampling(temperature, top_p, seed=11))
+    expected = exact_probs(logits, temperature, top_p, top_k, min_p)
+    tokens = draw(logits, Sampling(temperature, top_p, 11, top_k, min_p))
     counts = torch.bincount(torch.tensor(tokens), minlength=len(logits)).tolist()
     assert all(count == 0 for count, prob in zip(counts, expected, strict=True) if prob == 0)
     chi_square = sum(
@@ -44,6 +57,32 @@ def test_tokens_follow_the_distribution(temperature: float, top_p: float) -> Non
     )
     # Seven degrees of freedom at most: one in 2000 good samplers is beyond 26, and this one is seeded.
     assert chi_square < 26
+
+
+def test_bias_and_penalties_are_what_their_definitions_say_in_their_order() -> None:
+    logits = [1.0, -1.0, 0.5, 2.0, -2.0, 0.25]
+    prompt, output, bias = [0, 1, 0], [1, 3, 3], {0: 0.5, 4: 3.0}
+    request = GenerationRequest(
+        "id",
+        None,
+        logit_bias=tuple(bias.items()),
+        repetition_penalty=1.5,
+        frequency_penalty=0.25,
+        presence_penalty=-0.5,
+    )
+    expected = []
+    for token, logit in enumerate(logits):
+        logit += bias.get(token, 0.0)
+        if token in prompt or token in output:
+            logit = logit / 1.5 if logit > 0 else logit * 1.5
+        if token in output:
+            logit -= 0.25 * output.count(token) - 0.5
+        expected.append(logit)
+    rows = torch.tensor([logits, logits])
+    adjust(rows[0], request, prompt, output)
+    assert rows[0].tolist() == pytest.approx(expected)
+    adjust(rows[1], GenerationRequest("id", None), prompt, output)
+    assert rows[1].tolist() == logits
 
 
 def test_other_seeds_and_other_steps_draw_otherwise() -> None:

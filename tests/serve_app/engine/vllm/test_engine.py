@@ -45,6 +45,7 @@ from tests.support.engines import (
     PROMPTS,
     RAW,
     RAW_HOME,
+    WISHES,
     Homes,
     ask,
     collect,
@@ -145,6 +146,13 @@ def test_a_mixed_batch_answers_as_peft_does_and_again_out_of_the_prefix_cache(
         assert_exact(running, oracle)
     for name in PROMPTS:
         assert running.tokens(ask(name)) == [oracle[name]]
+
+
+def test_bias_and_penalties_change_the_answers_of_a_batch_as_their_definitions_say(
+    running: Running, wished: dict[str | None, list[int]]
+) -> None:
+    answers = running.tokens(*(ask(name, **options) for name, options in WISHES.items()))
+    assert dict(zip(WISHES, answers, strict=True)) == wished
 
 
 def test_base_rows_are_untouched_in_a_batch_whose_last_position_is_taken(
@@ -291,6 +299,8 @@ def test_what_cannot_be_answered_is_refused_before_vllm_sees_it(running: Running
         (ask(None, prompt="x", max_tokens=MAX_MODEL_LEN), RequestError),
         (ask(None, prompt_token_ids=(10**6,)), RequestError),
         (ask(None, prompt="x", top_p=0.0), RequestError),
+        (ask(None, prompt="x", logit_bias=((10**6, 1.0),)), RequestError),
+        (ask(None, prompt="x", stop_token_ids=(10**6,)), RequestError),
     ]:
         with pytest.raises(error):
             running.tokens(request)
