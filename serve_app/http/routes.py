@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 
@@ -12,8 +11,8 @@ from ray import serve
 from starlette.exceptions import HTTPException
 
 from cluster.errors import CtsError
-from serve_app.openai.errors import ApiError, as_api_error, internal_error
-from serve_app.openai.requests import ChatRequest, CompletionRequest, parse_request
+from serve_app.openai.call import error_reply
+from serve_app.openai.errors import ApiError, as_api_error, internal_error, retry_headers
 from serve_app.routing.responses import as_json
 from serve_app.routing.router import Router
 
@@ -42,13 +41,13 @@ def router() -> Router:
     return found
 
 
-# Bodies are parsed here, not by FastAPI: its own errors have another status and another shape.
+# Bodies are parsed by who answers, not by FastAPI: its own errors have another status and another shape.
 async def completions(request: Request) -> Response:
-    return await router().answer(parse_request(CompletionRequest, await request.body()))
+    return await router().answer("completions", await request.body())
 
 
 async def chat_completions(request: Request) -> Response:
-    return await router().answer(parse_request(ChatRequest, await request.body()))
+    return await router().answer("chat", await request.body())
 
 
 async def list_models(request: Request) -> Response:
@@ -72,7 +71,7 @@ async def answer_error(_: Request, error: Exception) -> Response:
     answer = as_api_error(error)
     if answer.status == 500:
         logger.error("request failed", exc_info=error)
-    return _answer(answer, answer.headers)
+    return _answer(answer, retry_headers(answer.status))
 
 
 async def answer_http_error(request: Request, error: HTTPException) -> Response:
@@ -89,5 +88,4 @@ async def answer_unexpected(_: Request, error: Exception) -> Response:
 
 
 def _answer(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
-    # All of it ASCII, which JSONResponse's is not: what a client sent and is told may hold half a surrogate pair.
-    return Response(json.dumps(error.body), error.status, headers, media_type="application/json")
+    return Response(error_reply(error).body, error.status, headers, media_type="application/json")

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from serve_app.engine.protocol import GenerationRequest
+from serve_app.openai.call import read_object
 from serve_app.openai.errors import ApiError, invalid
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on to the context's end
@@ -299,13 +300,7 @@ class ChatRequest(GenerationFields):
 def parse_request(kind: type[R], body: bytes) -> R:
     """Raises ApiError (400) naming the field that is wrong, unknown, or asks for what is not done here."""
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise invalid(f"The body is not JSON ({error})", code="invalid_json") from None
-    if not isinstance(document, dict):
-        raise invalid(f"The body is a JSON {type(document).__name__}, expected an object", code="invalid_json")
-    try:
-        request = kind.model_validate(_without_neutral(kind, document))
+        request = kind.model_validate(_without_neutral(kind, read_object(body)))
     except ValidationError as error:
         raise _from_validation(error) from None
     _check_together(request)

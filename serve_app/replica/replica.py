@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from cluster.bundle.reading import Bundle
 from cluster.errors import CtsError, EngineStopped, StoreError
-from serve_app.engine.protocol import Engine, EngineHealth, GenerationChunk, GenerationRequest
+from serve_app.engine.protocol import Engine, EngineHealth
+from serve_app.openai.call import Call, Reply, error_reply
+from serve_app.openai.errors import unavailable
 from serve_app.placement import count_needs
+from serve_app.replica import answering
 from serve_app.replica.base_files import resolve_base
 
 # A sequence's last block is part empty; this is vLLM's largest on a CPU.
@@ -58,17 +61,21 @@ class GroupReplica:
             logger.exception("%s did not start", spec.name)
             self._failure = error
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk | CtsError]:
-        """The engine's chunks. An expected error is the last element, not raised: Ray would wrap it in a
-        traceback of its own, log it as a failure of ours, and take long over it."""
-        try:
-            if self._engine is None:
-                raise EngineStopped(self._reason)
-            async with aclosing(_as_generator(self._engine.generate(request))) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        except CtsError as error:
-            yield error.with_traceback(None)
+    async def answer(self, call: Call) -> Reply:
+        """Whole. An error is a reply too, never raised: Ray would wrap it in a traceback of its own, log it as a
+        failure of ours, and take long over it."""
+        if self._engine is None:
+            return error_reply(unavailable(self._reason))
+        return await answering.answer(self._engine, call)
+
+    async def stream(self, call: Call) -> AsyncIterator[Reply | bytes]:
+        """Server-sent events; a Reply instead of them where the request is refused."""
+        if self._engine is None:
+            yield error_reply(unavailable(self._reason))
+            return
+        async with aclosing(answering.stream(self._engine, call)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def status(self) -> EngineHealth:
         if self._engine is None:
@@ -123,8 +130,3 @@ def _kv_bytes(base: Path, spec: ReplicaSpec) -> int:
     config = json.loads((base / "config.json").read_text())
     needs = count_needs(config, 0, spec.dtype, spec.max_batch + 1, spec.max_model_len + _KV_BLOCK_TOKENS)
     return needs.kv_bytes
-
-
-def _as_generator(chunks: AsyncIterator[GenerationChunk]) -> AsyncGenerator[GenerationChunk, None]:
-    # The protocol promises aclose; an AsyncIterator's type does not.
-    return cast("AsyncGenerator[GenerationChunk, None]", chunks)

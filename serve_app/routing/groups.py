@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
@@ -19,9 +19,10 @@ from ray.serve.exceptions import RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.bundle.serving_map import ServedAdapter
-from cluster.errors import CtsError, HomeUnavailable
+from cluster.errors import HomeUnavailable
 from serve_app.engine.home_states import READY
-from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationRequest
+from serve_app.engine.protocol import EngineHealth
+from serve_app.openai.call import Call, Reply
 from serve_app.openai.errors import overloaded
 
 POLL_INTERVAL_S = 1.0
@@ -79,7 +80,7 @@ class GroupClient:
         """Ask a replica how it is."""
         response = self._handle.status.remote()
         try:
-            health = await asyncio.wait_for(_awaited(response), SILENCE_S)
+            health: EngineHealth = await asyncio.wait_for(_awaited(response), SILENCE_S)
         except TimeoutError:
             response.cancel()
             if time.monotonic() - self._seen_at >= SILENCE_S:
@@ -96,45 +97,54 @@ class GroupClient:
                 self._reason = next(iter(health.homes.values()), "no engine is running")
                 self._gone.set()
 
-    async def generate(
-        self, requests: Sequence[GenerationRequest]
-    ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
-        """All ``requests`` at once; (index, chunk) as they come. Closing it, or one failure, stops them all.
+    async def answer(self, call: Call, num_sequences: int) -> Reply:
+        """The whole answer, in one message. Raises ApiError (429) beyond ``max_inflight``, and HomeUnavailable when the
+        group is lost."""
+        with self._admitted(num_sequences):
+            response = self._handle.answer.remote(call)
+            async with self._unless_gone(response) as wait:
+                reply: Reply = await wait(_awaited(response))
+                return reply
 
-        Raises ApiError (429) beyond ``max_inflight``, HomeUnavailable when the group is lost, and what the
-        engine raises.
-        """
-        if self.num_inflight + len(requests) > self.max_inflight:
+    async def stream(self, call: Call, num_sequences: int) -> AsyncGenerator[Reply | bytes, None]:
+        """What the replica says, message by message. Closing it stops the replica. Raises as ``answer`` does."""
+        with self._admitted(num_sequences):
+            response = self._stream.stream.remote(call)
+            async with self._unless_gone(response) as wait:
+                while (piece := await wait(_next(response))) is not None:
+                    self._seen_at = time.monotonic()
+                    yield piece
+
+    @contextmanager
+    def _admitted(self, num_sequences: int) -> Iterator[None]:
+        if self.num_inflight + num_sequences > self.max_inflight:
             raise overloaded(
                 f"{self.name} has {self.num_inflight} sequences in flight of {self.max_inflight}; try again later"
             )
-        self.num_inflight += len(requests)
+        self.num_inflight += num_sequences
         try:
-            async with aclosing(merge([self._generate(request) for request in requests])) as chunks:
-                async for indexed in chunks:
-                    yield indexed
+            yield
         finally:
-            self.num_inflight -= len(requests)
+            self.num_inflight -= num_sequences
 
-    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
-        response = self._stream.generate.remote(request)
+    @asynccontextmanager
+    async def _unless_gone(self, response: Any) -> AsyncIterator[Callable[[Coroutine[Any, Any, T]], Awaitable[T]]]:
+        """How to wait for a part of ``response``; it is cancelled at the end. Raises HomeUnavailable as soon as the
+        group is known to be gone."""
         gone = asyncio.ensure_future(self._gone.wait())
+
+        async def wait(part: Coroutine[Any, Any, T]) -> T:
+            step = asyncio.ensure_future(part)
+            try:
+                await asyncio.wait({step, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not step.done():
+                    raise HomeUnavailable(f"{self.name}: {self._reason}")
+                return step.result()
+            finally:
+                step.cancel()
+
         try:
-            while True:
-                step = asyncio.ensure_future(_next(response))
-                try:
-                    await asyncio.wait({step, gone}, return_when=asyncio.FIRST_COMPLETED)
-                    if not step.done():
-                        raise HomeUnavailable(f"{self.name}: {self._reason}")
-                finally:
-                    step.cancel()
-                item = step.result()
-                if item is None:
-                    return
-                if isinstance(item, CtsError):
-                    raise item
-                self._seen_at = time.monotonic()
-                yield item
+            yield wait
         except RayTaskError:
             raise
         except (RayError, RayServeException) as error:
@@ -143,7 +153,7 @@ class GroupClient:
             raise HomeUnavailable(f"{self.name}: {self._reason}") from None
         finally:
             gone.cancel()
-            # Serve cancels a child only when the whole HTTP request is: this one may have company.
+            # Serve cancels a child only when the whole HTTP request is.
             response.cancel()
 
     def _lose(self, reason: str) -> None:
@@ -152,49 +162,14 @@ class GroupClient:
         self._gone.set()
 
 
-async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """The elements of all ``streams`` with their stream's index, as they come.
-
-    The first error ends it. However it ends, every stream has been closed when it has.
-    """
-    queue: asyncio.Queue[tuple[int, T] | BaseException | None] = asyncio.Queue()
-
-    async def drain(index: int, stream: AsyncGenerator[T, None]) -> None:
-        try:
-            async with aclosing(stream):
-                async for item in stream:
-                    queue.put_nowait((index, item))
-        except Exception as error:
-            queue.put_nowait(error)
-        else:
-            queue.put_nowait(None)
-
-    tasks = [asyncio.create_task(drain(index, stream)) for index, stream in enumerate(streams)]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            item = await queue.get()
-            if item is None:
-                num_open -= 1
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _next(response: Any) -> GenerationChunk | CtsError | None:
+async def _next(response: Any) -> Reply | bytes | None:
     """None at the end: StopAsyncIteration cannot leave a task, and nobody waits for one we cancelled."""
     try:
-        item: GenerationChunk | CtsError = await anext(response)
+        piece: Reply | bytes = await anext(response)
     except (StopAsyncIteration, RequestCancelledError):
         return None
-    return item
+    return piece
 
 
-async def _awaited(response: Any) -> EngineHealth:
-    health: EngineHealth = await response
-    return health
+async def _awaited(response: Any) -> Any:
+    return await response

@@ -1,81 +1,68 @@
-"""An answer on its way out: chunks of the engine in, JSON or server-sent events of the OpenAI API out."""
+"""An answer on its way out: a replica's bytes as HTTP's."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Mapping
 
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from serve_app.engine.protocol import GenerationChunk
-from serve_app.openai.answers import Answer, Answering
-from serve_app.openai.errors import as_api_error
+from serve_app.openai.call import Reply, error_reply
+from serve_app.openai.errors import as_api_error, retry_headers
 
-IndexedChunks = AsyncGenerator[tuple[int, GenerationChunk], None]
-"""(choice, a piece of it)."""
+Pieces = AsyncGenerator[Reply | bytes, None]
+"""Events; or a Reply alone, where the request was refused."""
 
 logger = logging.getLogger("ray.serve")
 
 
-def as_json(body: BaseModel, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(body.model_dump_json(exclude_unset=True), media_type="application/json", headers=headers)
+def as_json(body: BaseModel) -> Response:
+    return Response(body.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
-async def whole(chunks: IndexedChunks, answering: Answering, headers: Mapping[str, str]) -> Response:
-    """Answers when every choice has ended; raises what an engine raises."""
-    async with aclosing(chunks):
-        async for index, chunk in chunks:
-            answering.add(index, chunk)
-    return as_json(answering.whole(), headers)
+def as_response(reply: Reply, headers: Mapping[str, str]) -> Response:
+    """``headers`` tell who answered: an error has none of them."""
+    own = headers if reply.status == 200 else retry_headers(reply.status)
+    return Response(reply.body, reply.status, own, media_type="application/json")
 
 
-async def stream(chunks: IndexedChunks, answering: Answering, headers: Mapping[str, str]) -> Response:
-    """Answers when every choice has begun: until then an error still has its own HTTP status, and is raised."""
-    begun: list[tuple[int, GenerationChunk]] = []
+async def as_events(pieces: Pieces, headers: Mapping[str, str]) -> Response:
+    """When the first piece is there; raises what comes instead of it."""
     try:
-        while len({index for index, _ in begun}) < answering.num_choices:
-            begun.append(await anext(chunks))
+        first = await anext(pieces)
     except BaseException:
-        await chunks.aclose()
+        await pieces.aclose()
         raise
-    return EventStream(_events(begun, chunks, answering), chunks, headers)
+    if isinstance(first, Reply):
+        await pieces.aclose()
+        return as_response(first, headers)
+    return EventStream(_events(first, pieces), pieces, headers)
 
 
-async def _events(
-    begun: Sequence[tuple[int, GenerationChunk]], chunks: IndexedChunks, answering: Answering
-) -> AsyncGenerator[str, None]:
-    for opening in answering.opening():
-        yield _event(opening)
+async def _events(first: bytes, pieces: Pieces) -> AsyncGenerator[bytes, None]:
+    yield first
     try:
-        for index, chunk in begun:
-            answering.add(index, chunk)
-            yield _event(answering.piece(index, chunk))
-        async for index, chunk in chunks:
-            answering.add(index, chunk)
-            yield _event(answering.piece(index, chunk))
+        async for piece in pieces:
+            assert isinstance(piece, bytes)
+            yield piece
     except Exception as error:
         # The status line is long gone. What follows an error event is nothing, not even [DONE].
-        answer = as_api_error(error)
-        if answer.status == 500:
+        told = as_api_error(error)
+        if told.status == 500:
             logger.exception("request failed in mid-stream")
-        yield f"data: {json.dumps(answer.body)}\n\n"
-        return
-    for closing in answering.closing():
-        yield _event(closing)
-    yield "data: [DONE]\n\n"
+        yield b"data: " + error_reply(told).body + b"\n\n"
 
 
 class EventStream(StreamingResponse):
     """Server-sent events. Closes its generators however it ends: when the client goes away Starlette leaves
     them suspended, and the engine would go on until the garbage collector comes by."""
 
-    def __init__(self, events: AsyncGenerator[str, None], chunks: IndexedChunks, headers: Mapping[str, str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={**headers, "Cache-Control": "no-cache"})
-        self._closing = (events, chunks)
+    def __init__(self, events: AsyncGenerator[bytes, None], pieces: Pieces, headers: Mapping[str, str]) -> None:
+        own = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=own)
+        self._closing = (events, pieces)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -83,7 +70,3 @@ class EventStream(StreamingResponse):
         finally:
             for generator in self._closing:
                 await generator.aclose()
-
-
-def _event(answer: Answer) -> str:
-    return f"data: {answer.model_dump_json(exclude_unset=True)}\n\n"

@@ -1,7 +1,7 @@
 """The router: the model field names an adapter, the serving map its home, the placement the home's group;
 that group's replicas generate. ``serve_app.http.routes`` has the routes to it.
 
-    find the adapter -> choose its group, if that is there -> ask it -> answer, whole or as a stream
+    read the envelope -> find the adapter -> choose its group, if that is there -> ask it -> pass on what it says
 
 Every call has a deadline. Where a group is not there or is full, the router answers by itself. It does no model work.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +21,12 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.bundle.serving_map import ServedAdapter
 from serve_app.engine.home_states import READY
-from serve_app.engine.protocol import GenerationRequest
-from serve_app.openai.answers import Answering, ModelCard, ModelPage, adapter_card, base_card, page
+from serve_app.openai.answers import ModelCard, ModelPage, adapter_card, base_card, page
+from serve_app.openai.call import Call, Endpoint, read_envelope
 from serve_app.openai.errors import invalid, unknown_model
-from serve_app.openai.requests import ChatRequest, GenerationFields
 from serve_app.routing.groups import GroupClient
 from serve_app.routing.map_loader import MapLoader
-from serve_app.routing.responses import IndexedChunks, stream, whole
+from serve_app.routing.responses import Pieces, as_events, as_response
 
 DEFAULT_PAGE, MAX_PAGE = 1000, 10_000
 
@@ -57,26 +56,26 @@ class Router:
         watches = [group.watch() for group in self._groups.values()]
         self._tasks = [asyncio.create_task(work) for work in (self._map.load(), *watches)]
 
-    async def answer(self, request: GenerationFields) -> Response:
-        """A completion or a chat, whole or as a stream."""
-        adapter = self._find(request.model)
+    async def answer(self, endpoint: Endpoint, body: bytes) -> Response:
+        """A completion or a chat, whole or as a stream: made by a replica, passed on here."""
+        asked = read_envelope(body)
+        adapter = self._find(asked.model)
         group = self._choose_group(adapter)
-        served = adapter.served if adapter else self._map.get().base_fingerprint
-        chat = isinstance(request, ChatRequest)
-        answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}"
-        sequences = request.generations(answer_id, adapter.adapter_id if adapter else None)
-        if len(sequences) > self._spec.max_prompts:
+        if asked.num_sequences > self._spec.max_prompts:
             raise invalid(
-                f"the request asks for {len(sequences)} sequences (prompts times n), at most {self._spec.max_prompts}",
-                "n" if request.n > 1 else "prompt",
+                f"the request asks for {asked.num_sequences} sequences (prompts times n), at most "
+                f"{self._spec.max_prompts}",
+                "n" if asked.num_prompts == 1 else "prompt",
             )
-        chunks = self._ask(group, sequences)
-        usage = (request.include_usage, request.continuous_usage)
-        answering = Answering(answer_id, request.model, served, chat, len(sequences), *usage, request.n)
+        served = adapter.served if adapter else self._map.get().base_fingerprint
+        answer_id = f"{'chatcmpl' if endpoint == 'chat' else 'cmpl'}-{uuid4().hex}"
+        call = Call(endpoint, body, answer_id, adapter.adapter_id if adapter else None, served)
         headers = {"X-Served-Revision": served, "X-Cluster": _cluster_header(adapter)}
-        if request.stream:
-            return await stream(chunks, answering, headers)
-        return await whole(chunks, answering, headers)
+        deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
+        if asked.stream:
+            return await as_events(_until(deadline, group.stream(call, asked.num_sequences)), headers)
+        async with asyncio.timeout_at(deadline):
+            return as_response(await group.answer(call, asked.num_sequences), headers)
 
     def list_models(self, query: Mapping[str, str]) -> ModelPage:
         """The page that ``limit`` and ``after`` ask for."""
@@ -132,22 +131,17 @@ class Router:
         group.check(adapter)
         return group
 
-    def _ask(self, group: GroupClient, sequences: Sequence[GenerationRequest]) -> IndexedChunks:
-        """Nothing is asked before the first chunk is awaited; that raises ApiError (429) where the group is full."""
-        deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
-        return _until(deadline, group.generate(sequences))
 
-
-async def _until(deadline: float, chunks: IndexedChunks) -> IndexedChunks:
+async def _until(deadline: float, pieces: Pieces) -> Pieces:
     """The same elements. Raises TimeoutError when one is not there at ``deadline`` (the event loop's time)."""
-    async with aclosing(chunks):
+    async with aclosing(pieces):
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
-                    indexed = await anext(chunks)
+                    piece = await anext(pieces)
             except StopAsyncIteration:
                 return
-            yield indexed
+            yield piece
 
 
 def _cluster_header(adapter: ServedAdapter | None) -> str:

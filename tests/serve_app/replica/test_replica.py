@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import EngineStopped
-from serve_app.engine.protocol import GenerationRequest
+from serve_app.openai.call import Call, Reply
 from serve_app.replica.replica import GroupReplica, ReplicaSpec
 from tests.support.bundles import write_bundle
 
@@ -44,9 +44,12 @@ def test_a_failed_start_is_told_by_status_and_by_every_request(spec: ReplicaSpec
         status = await replica.status()
         assert not status.alive
         assert "no-base" in status.homes["factors:8.0"]
-        [answer] = [item async for item in replica.generate(GenerationRequest("id", "add", prompt="x"))]
-        assert isinstance(answer, EngineStopped)
-        assert "no-base" in str(answer)
+        call = Call("completions", b'{"model": "add", "prompt": "x"}', "id", "add", "sha256:0")
+        [refused] = [item async for item in replica.stream(call)]
+        for reply in (await replica.answer(call), refused):
+            assert isinstance(reply, Reply)
+            assert reply.status == 503
+            assert b"no-base" in reply.body
 
     asyncio.run(check())
 
