@@ -63,10 +63,12 @@ def build(args: dict[str, Any]) -> Application:
         max_inflight=limits.max_inflight,
         max_prompts=limits.max_prompts,
         request_timeout_s=limits.request_timeout_s,
+        sse_keep_alive_s=arguments.http.sse_keep_alive_s,
         adapter_chat_templates=arguments.adapter_chat_templates,
     )
+    origins = arguments.http.allowed_origins
     return serve.deployment(
-        serve.ingress(make_api)(Router),
+        serve.ingress(lambda: make_api(origins))(Router),
         name="router",
         num_replicas=1,  # it counts what is in flight
         ray_actor_options={"num_cpus": ROUTER_CPUS},

@@ -69,6 +69,18 @@ def _positive(value: Any) -> float:
     return number
 
 
+def _origins(value: Any) -> tuple[str, ...]:
+    """A list, or its items with commas between them, as a command line has it."""
+    items = value.split(",") if isinstance(value, str) else value
+    expected = "origins such as https://app.example.org, a list or with commas between them, or *"
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+        raise ValueError(expected)
+    origins = tuple(item.strip() for item in items)
+    if not all(re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin) for origin in origins):
+        raise ValueError(expected)
+    return origins
+
+
 def _size(value: Any) -> int:
     if isinstance(value, bool):
         raise ValueError("a size such as 80GiB, or a number of bytes")
@@ -116,6 +128,15 @@ class LimitArguments:
 
 
 @dataclass(frozen=True)
+class HttpArguments:
+    """A stream that waits for its first token gets a comment every ``sse_keep_alive_s`` seconds, so that nothing on the
+    way thinks it dead. ``allowed_origins``: whose pages a browser lets read answers (CORS)."""
+
+    sse_keep_alive_s: Annotated[float, _positive] = 15.0
+    allowed_origins: Annotated[tuple[str, ...], _origins] = ()
+
+
+@dataclass(frozen=True)
 class Arguments:
     """``bundle`` is ``<out>`` or ``<out>/bundles/<id>``; ``base`` a local folder, an ``s3://`` prefix or a hub id.
     ``adapter_chat_templates``: chats of an adapter that brought a template go through that, else through the base's."""
@@ -129,6 +150,7 @@ class Arguments:
     adapter_chat_templates: Annotated[bool, _yes_or_no] = True
     placement: PlacementArguments = field(default_factory=PlacementArguments)
     limits: LimitArguments = field(default_factory=LimitArguments)
+    http: HttpArguments = field(default_factory=HttpArguments)
 
 
 def parse_arguments(document: Mapping[str, Any]) -> Arguments:
@@ -136,7 +158,8 @@ def parse_arguments(document: Mapping[str, Any]) -> Arguments:
     left = _flatten(document)
     placement = _take(PlacementArguments, "placement.", left)
     limits = _take(LimitArguments, "limits.", left)
-    arguments = _take(Arguments, "", left, placement=placement, limits=limits)
+    http = _take(HttpArguments, "http.", left)
+    arguments = _take(Arguments, "", left, placement=placement, limits=limits, http=http)
     if left:
         raise ConfigError(f"unknown argument {sorted(left)[0]!r}; known are {', '.join(known_keys())}")
     if limits.max_prompts > limits.max_inflight:
@@ -149,8 +172,8 @@ def parse_arguments(document: Mapping[str, Any]) -> Arguments:
 
 def known_keys() -> list[str]:
     """Every key in its flat form."""
-    nested = [f"placement.{name}" for name in _parsers(PlacementArguments)]
-    return [*_parsers(Arguments), *nested, *(f"limits.{name}" for name in _parsers(LimitArguments))]
+    nested = {"placement": PlacementArguments, "limits": LimitArguments, "http": HttpArguments}
+    return [*_parsers(Arguments), *(f"{group}.{name}" for group, kind in nested.items() for name in _parsers(kind))]
 
 
 def _parsers(kind: type) -> dict[str, Parser]:
@@ -162,7 +185,7 @@ def _parsers(kind: type) -> dict[str, Parser]:
 def _flatten(document: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in document.items():
-        group = key in ("placement", "limits")
+        group = key in ("placement", "limits", "http")
         if group and not isinstance(value, Mapping) and value is not None:
             raise ConfigError(f"argument {key} is {value!r}, expected a mapping, or {key}.<option>=<value>")
         items = {f"{key}.{name}": option for name, option in (value or {}).items()} if group else {key: value}

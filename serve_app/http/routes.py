@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from ray import serve
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from cluster.errors import CtsError
 from serve_app.openai.call import error_reply
@@ -19,15 +20,27 @@ from serve_app.routing.router import Router
 logger = logging.getLogger("ray.serve")
 
 
-def make_api() -> FastAPI:
+def make_api(allowed_origins: Sequence[str] = ()) -> FastAPI:
     """Called in the router's replica; the routes ask the Router object that lives there."""
     api = FastAPI(title="compress-then-serve", docs_url=None, redoc_url=None, openapi_url=None)
     api.post("/v1/completions")(completions)
     api.post("/v1/chat/completions")(chat_completions)
-    api.get("/v1/models")(list_models)
-    api.get("/v1/models/{model_id:path}")(retrieve_model)
-    api.get("/health")(health)
-    api.get("/ready")(ready)
+    for path, answer in (
+        ("/v1/models", list_models),
+        ("/v1/models/{model_id:path}", retrieve_model),
+        ("/health", health),
+        ("/ready", ready),
+    ):
+        api.api_route(path, methods=["GET", "HEAD"])(answer)
+    if allowed_origins:
+        # Without credentials: keys travel in a header of their own.
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Served-Revision", "X-Cluster", "X-Request-ID", "Retry-After"],
+        )
     for kind in (CtsError, TimeoutError):
         api.exception_handler(kind)(answer_error)
     api.exception_handler(HTTPException)(answer_http_error)
@@ -55,7 +68,8 @@ async def list_models(request: Request) -> Response:
 
 
 async def retrieve_model(model_id: str) -> Response:
-    return as_json(router().card(model_id))
+    # No id ends in a slash.
+    return as_json(router().card(model_id.rstrip("/")))
 
 
 async def health() -> Response:

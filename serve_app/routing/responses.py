@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 
@@ -14,6 +15,8 @@ from serve_app.openai.errors import as_api_error, retry_headers
 
 Pieces = AsyncGenerator[Reply | bytes, None]
 """Events; or a Reply alone, where the request was refused."""
+
+_COMMENT = b": waiting for the first token\n\n"
 
 logger = logging.getLogger("ray.serve")
 
@@ -28,45 +31,74 @@ def as_response(reply: Reply, headers: Mapping[str, str]) -> Response:
     return Response(reply.body, reply.status, own, media_type="application/json")
 
 
-async def as_events(pieces: Pieces, headers: Mapping[str, str]) -> Response:
-    """When the first piece is there; raises what comes instead of it."""
+async def as_events(pieces: Pieces, headers: Mapping[str, str], keep_alive_s: float) -> Response:
+    """When the first piece is there, and raises what comes instead of it; or after ``keep_alive_s``, with comments from
+    then on until it is there. What a request is refused for is known before it waits for its turn."""
+    first = asyncio.ensure_future(_first(pieces))
     try:
-        first = await anext(pieces)
+        await asyncio.wait({first}, timeout=keep_alive_s)
+        if first.done() and isinstance(refusal := first.result(), Reply):
+            await pieces.aclose()
+            return as_response(refusal, headers)
     except BaseException:
-        await pieces.aclose()
+        await _close(first, pieces)
         raise
-    if isinstance(first, Reply):
-        await pieces.aclose()
-        return as_response(first, headers)
-    return EventStream(_events(first, pieces), pieces, headers)
+    return EventStream(_events(first, pieces, keep_alive_s), first, pieces, headers)
 
 
-async def _events(first: bytes, pieces: Pieces) -> AsyncGenerator[bytes, None]:
-    yield first
+async def _first(pieces: Pieces) -> Reply | bytes:
+    return await anext(pieces)
+
+
+async def _close(first: asyncio.Future[Reply | bytes], pieces: Pieces) -> None:
+    # A generator that is being waited for cannot be closed.
+    first.cancel()
+    await asyncio.wait({first})
+    await pieces.aclose()
+
+
+async def _events(
+    first: asyncio.Future[Reply | bytes], pieces: Pieces, keep_alive_s: float
+) -> AsyncGenerator[bytes, None]:
     try:
-        async for piece in pieces:
-            assert isinstance(piece, bytes)
-            yield piece
-    except Exception as error:
+        while not first.done():
+            yield _COMMENT
+            await asyncio.wait({first}, timeout=keep_alive_s)
+        begun = first.result()
         # The status line is long gone. What follows an error event is nothing, not even [DONE].
+        yield begun if isinstance(begun, bytes) else _error_event(begun)
+        async for piece in pieces:
+            yield piece if isinstance(piece, bytes) else _error_event(piece)
+    except Exception as error:
         told = as_api_error(error)
         if told.status == 500:
             logger.exception("request failed in mid-stream")
-        yield b"data: " + error_reply(told).body + b"\n\n"
+        yield _error_event(error_reply(told))
+
+
+def _error_event(reply: Reply) -> bytes:
+    return b"data: " + reply.body + b"\n\n"
 
 
 class EventStream(StreamingResponse):
     """Server-sent events. Closes its generators however it ends: when the client goes away Starlette leaves
     them suspended, and the engine would go on until the garbage collector comes by."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None], pieces: Pieces, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        first: asyncio.Future[Reply | bytes],
+        pieces: Pieces,
+        headers: Mapping[str, str],
+    ) -> None:
+        # nginx would collect a stream before it passes it on.
         own = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=own)
-        self._closing = (events, pieces)
+        self._own, self._first, self._pieces = events, first, pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            for generator in self._closing:
-                await generator.aclose()
+            await self._own.aclose()
+            await _close(self._first, self._pieces)

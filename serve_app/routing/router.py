@@ -41,6 +41,7 @@ class RouterSpec:
     max_inflight: int
     max_prompts: int
     request_timeout_s: float
+    sse_keep_alive_s: float
     adapter_chat_templates: bool = True
 
 
@@ -73,7 +74,8 @@ class Router:
         headers = {"X-Served-Revision": served, "X-Cluster": _cluster_header(adapter)}
         deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
         if asked.stream:
-            return await as_events(_until(deadline, group.stream(call, asked.num_sequences)), headers)
+            pieces = _until(deadline, group.stream(call, asked.num_sequences))
+            return await as_events(pieces, headers, self._spec.sse_keep_alive_s)
         async with asyncio.timeout_at(deadline):
             return as_response(await group.answer(call, asked.num_sequences), headers)
 

@@ -38,6 +38,7 @@ PLAIN_CHAT = "{% for m in messages %}{{ m.content }}\n{% endfor %}A:"
 RAW = {"first-letter": "first-letter", "broken": "date-us"}
 MODELS = [BASE, "first-letter", *(adapter_id for members in CLUSTERS.values() for adapter_id in members)]
 
+PAGE = "https://page.example.org"
 PATIENCE_S = 60.0 if ENGINE == "transformers" else serving.PATIENCE_S
 # vLLM takes the memory for keys and values at its start, and six of its engines must fit on one machine here.
 LIMITS: dict[str, Any] = {"limits.max_batch": 4} if ENGINE == "vllm" else {}
@@ -62,12 +63,19 @@ class App:
         url = f"http://127.0.0.1:{self.port}{self.prefix}/v1"
         return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE_S)
 
-    def call(self, method: str, path: str, body: bytes | None = None) -> tuple[int, dict[str, str], Any]:
-        """Status, headers (lower case) and body of a plain request."""
+    @contextlib.contextmanager
+    def open(
+        self, method: str, path: str, headers: dict[str, str] | None = None, body: bytes | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """A plain request."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         with contextlib.closing(connection):
-            connection.request(method, self.prefix + path, body)
-            answer = connection.getresponse()
+            connection.request(method, self.prefix + path, body, headers or {})
+            yield connection.getresponse()
+
+    def call(self, method: str, path: str, body: bytes | None = None) -> tuple[int, dict[str, str], Any]:
+        """Status, headers (lower case) and body of it."""
+        with self.open(method, path, body=body) as answer:
             headers = {name.lower(): value for name, value in answer.getheaders()}
             return answer.status, headers, json.loads(answer.read())
 
@@ -149,7 +157,7 @@ def deploy(bundle: Bundle, base_path: Path, port: int) -> Callable[..., App]:
 @pytest.fixture(scope="module")
 def app(deploy: Callable[..., App]) -> App:
     """Everything in one group: one machine, so ``auto`` makes one."""
-    return deploy("auto", **{"placement.clusters_per_group": "auto"})
+    return deploy("auto", **{"placement.clusters_per_group": "auto", "http.allowed_origins": PAGE})
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +414,27 @@ def test_what_is_no_request_of_ours_is_refused_in_openais_shape(
     seen, _, answer = app.call(method, path, body)
     assert seen == status
     assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_head_is_answered_as_get_is(app: App) -> None:
+    for path in ("/health", "/ready", "/v1/models", "/v1/models/add"):
+        with app.open("HEAD", path) as answer:
+            assert answer.status == 200
+            assert answer.read() == b""
+
+
+def test_a_slash_at_the_end_makes_no_other_model(app: App) -> None:
+    assert app.call("GET", "/v1/models/tenant/roman/")[2]["id"] == "tenant/roman"
+
+
+def test_a_browser_is_told_whose_pages_may_read_answers(app: App) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    for origin, allowed in ((PAGE, PAGE), ("https://elsewhere.example.org", None)):
+        with app.open("GET", "/v1/models", {"Origin": origin}) as answer:
+            assert answer.headers["Access-Control-Allow-Origin"] == allowed
+        with app.open("OPTIONS", "/v1/chat/completions", {"Origin": origin, **asked}) as answer:
+            assert (answer.status == 200) == (allowed is not None)
+            assert answer.headers["Access-Control-Allow-Origin"] == allowed
 
 
 def test_a_client_that_disconnects_from_its_stream_frees_its_row(app: App) -> None:

@@ -9,7 +9,14 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.errors import ConfigError
-from serve_app.arguments import Arguments, LimitArguments, PlacementArguments, known_keys, parse_arguments
+from serve_app.arguments import (
+    Arguments,
+    HttpArguments,
+    LimitArguments,
+    PlacementArguments,
+    known_keys,
+    parse_arguments,
+)
 from tests.support.paths import REPOSITORY
 
 NEEDED = {"bundle": "out", "base": "base"}
@@ -24,12 +31,14 @@ def test_strings_of_a_command_line_mean_what_the_yaml_of_a_config_file_means() -
         "placement.device_memory": "80GiB",
         "limits.max_batch": "16",
         "limits.request_timeout_s": "2.5",
+        "http.allowed_origins": "https://a.org, http://b.org:8080",
     }
     nested = {
         "revision": 3,
         "dtype": "bfloat16",
         "placement": {"clusters_per_group": 2, "num_cpus": 0.5, "device_memory": 80 * 2**30},
         "limits": {"max_batch": 16, "request_timeout_s": 2.5},
+        "http": {"allowed_origins": ["https://a.org", "http://b.org:8080"]},
     }
     expected = Arguments(
         "out",
@@ -38,6 +47,7 @@ def test_strings_of_a_command_line_mean_what_the_yaml_of_a_config_file_means() -
         dtype="bfloat16",
         placement=PlacementArguments(clusters_per_group=2, num_cpus=0.5, device_memory=85899345920),
         limits=LimitArguments(max_batch=16, request_timeout_s=2.5),
+        http=HttpArguments(allowed_origins=("https://a.org", "http://b.org:8080")),
     )
     assert parse_arguments(NEEDED | flat) == parse_arguments(NEEDED | nested) == expected
 
@@ -80,6 +90,10 @@ def test_an_unknown_key_is_refused_by_name_beside_the_known_ones(args: dict[str,
         ("limits.max_batch", 0),
         ("limits.max_inflight", "1e3"),
         ("limits.request_timeout_s", "inf"),
+        ("http.sse_keep_alive_s", 0),
+        ("http.allowed_origins", "a.org"),
+        ("http.allowed_origins", ["https://a.org/path"]),
+        ("http.allowed_origins", 3),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_key_and_what_was_seen(key: str, value: Any) -> None:
@@ -116,5 +130,6 @@ def test_the_shipped_serve_config_is_valid_for_ray_and_for_us() -> None:
     arguments = parse_arguments(application.args)
     # It teaches every default, and the file says the same as the code.
     assert arguments == Arguments(arguments.bundle, arguments.base)
-    flat = set(application.args) | {f"{g}.{key}" for g in ("placement", "limits") for key in application.args[g]}
+    groups = ("placement", "limits", "http")
+    flat = set(application.args) | {f"{group}.{key}" for group in groups for key in application.args[group]}
     assert set(known_keys()) - flat == {"revision"}
