@@ -108,14 +108,17 @@ def counter(metrics: str, bucket: str) -> Callable[[], Requests]:
     def count() -> Requests:
         if not metrics:
             return {}
-        page = urllib.request.urlopen(metrics, timeout=30).read().decode()
-        found: Requests = {}
-        for kind, number in re.findall(rf's3_request_total{{bucket="{bucket}",code="\d+",type="(\w+)"}} (\S+)', page):
-            found[kind] = found.get(kind, 0) + int(float(number))
-        sent = re.search(rf's3_bucket_traffic_sent_bytes_total{{bucket="{bucket}"}} (\S+)', page)
-        return found | {"bytes": int(float(sent[1])) if sent else 0}
+        return read_counters(urllib.request.urlopen(metrics, timeout=30).read().decode(), bucket)
 
     return count
+
+
+def read_counters(page: str, bucket: str) -> Requests:
+    found: Requests = {}
+    for kind, number in re.findall(rf's3_request_total{{bucket="{bucket}",code="\d+",type="(\w+)"}} (\S+)', page):
+        found[kind] = found.get(kind, 0) + int(float(number))
+    sent = re.search(rf's3_bucket_traffic_sent_bytes_total{{bucket="{bucket}"}} (\S+)', page)
+    return found | {"bytes": int(float(sent[1])) if sent else 0}
 
 
 def _between(before: Requests, after: Requests) -> Requests:
