@@ -318,8 +318,8 @@ def _without_neutral(kind: type[GenerationFields], document: Mapping[str, Any]) 
                 kind_of = {str: "a string", dict: "an object", bool: "true or false"}[SAYS_NOTHING[name]]
                 raise invalid(f"{name} is {json.dumps(value)[:100]}, expected {kind_of}", name, "invalid_value")
         elif name not in NEUTRAL:
-            raise invalid(f"Unknown field {name!r}: this server does not know what it asks for", name, "unknown_field")
-        elif value is not None and not any(_same(value, neutral) for neutral in NEUTRAL[name]):
+            raise unknown_field(name)
+        elif not is_neutral(name, value):
             allowed = ", ".join(json.dumps(neutral) for neutral in (*NEUTRAL[name], None))
             raise invalid(
                 f"{name} is {json.dumps(value)[:100]}, which this server does not do; leave it out, or send {allowed}",
@@ -329,19 +329,29 @@ def _without_neutral(kind: type[GenerationFields], document: Mapping[str, Any]) 
     return kept
 
 
+def unknown_field(name: str) -> ApiError:
+    return invalid(f"Unknown field {name!r}: this server does not know what it asks for", name, "unknown_field")
+
+
+def is_neutral(name: str, value: Any) -> bool:
+    """Whether ``value`` asks for nothing in a field that is not honoured; False for a field that is not known."""
+    return name in NEUTRAL and (value is None or any(_same(value, neutral) for neutral in NEUTRAL[name]))
+
+
 def _same(value: Any, neutral: Any) -> bool:
     # JSON's 1 and true are equal in Python.
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
 def _from_validation(error: ValidationError) -> ApiError:
+    """Of the first thing that is wrong, by its place."""
     first = error.errors(include_url=False, include_context=False)[0]
     # A union's branches add their own names to the place; only the request's own names mean something.
     parts = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        return invalid(f"Unknown field {param!r}: this server does not know what it asks for", param, "unknown_field")
+        return unknown_field(param)
     if first["type"] == "missing":
         return invalid(f"{param} is missing", param, "missing_field")
     return invalid(f"{param} is {json.dumps(first['input'], default=str)[:100]}: {message}", param, "invalid_value")

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 from serve_app.engine.protocol import Engine, GenerationChunk
 from serve_app.openai.answers import Answer, Answering
@@ -24,8 +24,31 @@ _DONE = b"data: [DONE]\n\n"
 logger = logging.getLogger("ray.serve")
 
 
+class Answers(Protocol):
+    """What a replica answers calls with: here for any engine, or an engine's own."""
+
+    async def answer(self, call: Call) -> Reply:
+        """When every choice has ended. An error is a reply like others."""
+
+    def stream(self, call: Call) -> AsyncGenerator[Reply | bytes, None]:
+        """Events, as many in a piece as are there at once, from when every choice has begun: until then an error still
+        has its own HTTP status, and is the only element."""
+
+
+class EngineAnswers:
+    """Implements ``Answers`` with what any engine can do."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def answer(self, call: Call) -> Reply:
+        return await answer(self._engine, call)
+
+    def stream(self, call: Call) -> AsyncGenerator[Reply | bytes, None]:
+        return stream(self._engine, call)
+
+
 async def answer(engine: Engine, call: Call) -> Reply:
-    """When every choice has ended. An error is a reply like others."""
     try:
         answering, chunks = _begin(engine, call)
         async with aclosing(chunks):
@@ -38,8 +61,6 @@ async def answer(engine: Engine, call: Call) -> Reply:
 
 
 async def stream(engine: Engine, call: Call) -> AsyncGenerator[Reply | bytes, None]:
-    """Events, as many in a piece as are there at once, from when every choice has begun: until then an error still has
-    its own HTTP status, and is the only element."""
     try:
         answering, chunks = _begin(engine, call)
     except Exception as error:

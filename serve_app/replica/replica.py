@@ -20,7 +20,7 @@ from serve_app.engine.protocol import Engine, EngineHealth
 from serve_app.openai.call import Call, Reply, error_reply
 from serve_app.openai.errors import unavailable
 from serve_app.placement import count_needs
-from serve_app.replica import answering
+from serve_app.replica.answering import Answers, EngineAnswers
 from serve_app.replica.base_files import resolve_base
 
 # A sequence's last block is part empty; this is vLLM's largest on a CPU.
@@ -56,6 +56,7 @@ class GroupReplica:
         try:
             engine = make_engine(spec)
             await engine.start()
+            self._answers = make_answers(spec, engine)
             self._engine = engine
         except Exception as error:
             logger.exception("%s did not start", spec.name)
@@ -66,14 +67,14 @@ class GroupReplica:
         failure of ours, and take long over it."""
         if self._engine is None:
             return error_reply(unavailable(self._reason))
-        return await answering.answer(self._engine, call)
+        return await self._answers.answer(call)
 
     async def stream(self, call: Call) -> AsyncIterator[Reply | bytes]:
         """Server-sent events; a Reply instead of them where the request is refused."""
         if self._engine is None:
             yield error_reply(unavailable(self._reason))
             return
-        async with aclosing(answering.stream(self._engine, call)) as pieces:
+        async with aclosing(self._answers.stream(call)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -123,6 +124,16 @@ def make_engine(spec: ReplicaSpec) -> Engine:
     from serve_app.engine.transformers.settings import EngineSettings
 
     return TransformersEngine(base, serving_map, spec.homes, bundle.load_home, EngineSettings(**common))
+
+
+def make_answers(spec: ReplicaSpec, engine: Engine) -> Answers:
+    if spec.engine != "vllm":
+        return EngineAnswers(engine)
+    from serve_app.engine.vllm.engine import VllmEngine
+    from serve_app.replica.vllm_answers import VllmAnswers
+
+    assert isinstance(engine, VllmEngine)
+    return VllmAnswers(engine)
 
 
 def _kv_bytes(base: Path, spec: ReplicaSpec) -> int:

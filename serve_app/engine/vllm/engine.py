@@ -90,37 +90,62 @@ class VllmEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         served = None if request.adapter is None else self._serving_map.find(request.adapter)
-        home = served.home if served else None
         self._check_available(served)
         template = served.chat_template if served else None
         prompt_ids, max_tokens = await self._reader.read_aside(request, template)
-        self._check_available(served)
-        self._in_flight[home] += 1
         # A number of our own before the client's: two clients may use the same id.
         request_id = f"{next(self._request_numbers)}-{request.request_id}"
-        outputs = self._llm.generate(
-            {"prompt_token_ids": prompt_ids},
-            self._sampling(request, max_tokens),
-            request_id,
-            lora_request=self._lora_request(served),
-        )
+        async with self.holding(served):
+            outputs = self._llm.generate(
+                {"prompt_token_ids": prompt_ids},
+                self._sampling(request, max_tokens),
+                request_id,
+                lora_request=self.lora_request(served),
+            )
+            try:
+                async with contextlib.aclosing(outputs):
+                    num_tokens = 0
+                    async for output in outputs:
+                        answer = output.outputs[0]
+                        num_tokens += len(answer.token_ids)
+                        if answer.finish_reason not in (None, "stop", "length"):
+                            raise EngineStopped(f"the engine ended the request: {answer.finish_reason}")
+                        yield GenerationChunk(
+                            answer.text, tuple(answer.token_ids), len(prompt_ids), num_tokens, answer.finish_reason
+                        )
+            except Exception as error:
+                raise self._translated(error) from error
+
+    @contextlib.asynccontextmanager
+    async def holding(self, served: ServedAdapter | None) -> AsyncGenerator[None, None]:
+        """Its home stays while this lasts. Raises EngineStopped, and HomeUnavailable where it cannot be asked."""
+        self._check_available(served)
+        home = served.home if served else None
+        self._in_flight[home] += 1
         try:
-            async with contextlib.aclosing(outputs):
-                num_tokens = 0
-                async for output in outputs:
-                    answer = output.outputs[0]
-                    num_tokens += len(answer.token_ids)
-                    if answer.finish_reason not in (None, "stop", "length"):
-                        raise EngineStopped(f"the engine ended the request: {answer.finish_reason}")
-                    yield GenerationChunk(
-                        answer.text, tuple(answer.token_ids), len(prompt_ids), num_tokens, answer.finish_reason
-                    )
-        except Exception as error:
-            raise self._translated(error) from error
+            yield
         finally:
             async with self._left:
                 self._in_flight[home] -= 1
                 self._left.notify_all()
+
+    @property
+    def serving_map(self) -> ServingMap:
+        return self._serving_map
+
+    @property
+    def llm(self) -> Any:
+        """vLLM's AsyncLLM. What is asked of it with an adapter is asked within ``holding``."""
+        return self._llm
+
+    @property
+    def end(self) -> str | None:
+        """Why the engine answers no more."""
+        return self._end or ("vLLM ended; its log says why" if self._llm.errored else None)
+
+    def render(self, template: str, messages: list[dict[str, Any]]) -> str:
+        """A chat through an adapter's own template, in a process apart. Raises RequestError."""
+        return self._reader.templates.render(template, messages, dict(self._reader.tokenizer.special_tokens_map))
 
     async def attach(self, home: str) -> None:
         self._check_alive()
@@ -210,7 +235,8 @@ class VllmEngine:
         args = AsyncEngineArgs(**shared, **options)
         return AsyncLLM.from_engine_args(args), tokenizer
 
-    def _lora_request(self, served: ServedAdapter | None) -> Any:
+    def lora_request(self, served: ServedAdapter | None) -> Any:
+        """What tells vLLM an adapter's place; None for the base."""
         if served is None:
             return None
         from vllm.lora.request import LoRARequest

@@ -48,6 +48,17 @@ SYMBOLS = {
     ),
     "vllm.lora.punica_wrapper.punica_selector": ("get_punica_wrapper",),
     "vllm.v1.executor.uniproc_executor": ("UniProcExecutor",),
+    # What serve_app/replica/vllm_answers.py answers with.
+    "vllm.entrypoints.openai.chat_completion.protocol": ("ChatCompletionRequest",),
+    "vllm.entrypoints.openai.chat_completion.serving": ("OpenAIServingChat.create_chat_completion",),
+    "vllm.entrypoints.openai.completion.protocol": ("CompletionRequest",),
+    "vllm.entrypoints.openai.completion.serving": ("OpenAIServingCompletion.create_completion",),
+    "vllm.entrypoints.openai.models.protocol": ("BaseModelPath",),
+    "vllm.entrypoints.openai.models.serving": ("OpenAIServingModels.model_name",),
+    "vllm.entrypoints.serve": ("create_error_response",),
+    "vllm.entrypoints.serve.engine.protocol": ("ErrorResponse",),
+    "vllm.exceptions": ("VLLMValidationError",),
+    "vllm.renderers.online_renderer": ("OnlineRenderer",),
 }
 
 

@@ -13,10 +13,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -31,8 +31,6 @@ from cluster.errors import (
     UnknownAdapter,
 )
 from cluster.layer import ModuleWeights
-from serve_app.engine.vllm.engine import VllmEngine
-from serve_app.engine.vllm.options import VllmSettings
 from serve_app.engine.vllm.plugin import compatibility
 from tests.support.engines import (
     BROKEN,
@@ -48,54 +46,16 @@ from tests.support.engines import (
     WISHES,
     Homes,
     ask,
-    collect,
     serving_map,
 )
 from tests.support.paths import REPOSITORY
 from tests.support.processes import kill_session, processes_named
+from tests.support.vllm_engine import DEVICE, Running, make_engine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(compatibility.vllm_version() is None, reason="vLLM is not here")]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Than the default; the Triton kernels run on a GPU only.
 OTHER_PRODUCTS = ("static", "triton", "grouped") if DEVICE == "cuda" else ("static", "grouped")
-T = TypeVar("T")
-FIRST_HOMES = (*CLUSTERS, *FACTORS, *BROKEN.values())
-
-
-def make_engine(base_path: Path, homes: Homes, wanted: tuple[str, ...] = FIRST_HOMES, **options: Any) -> VllmEngine:
-    limits = {
-        "device": DEVICE,
-        "max_batch": MAX_BATCH,
-        "max_model_len": MAX_MODEL_LEN,
-        "num_threads": 2,
-        "kv_bytes": 400 << 20,
-    }
-    return VllmEngine(base_path, serving_map(), wanted, homes.load, VllmSettings(**limits | options))
-
-
-class Running:
-    """An engine and the one event loop that it belongs to."""
-
-    def __init__(self, engine: VllmEngine) -> None:
-        self.engine, self._runner = engine, asyncio.Runner()
-        self.run(engine.start())
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(work)
-
-    def tokens(self, *requests: Any) -> list[list[int]]:
-        """All in flight together."""
-
-        async def gather() -> list[list[int]]:
-            answers = await asyncio.gather(*(collect(self.engine, request) for request in requests))  # type: ignore[arg-type]
-            return [answer.token_ids for answer in answers]
-
-        return self.run(gather())
-
-    def close(self) -> None:
-        self.run(self.engine.stop())
-        self._runner.close()
 
 
 @pytest.fixture(scope="module")
