@@ -120,4 +120,5 @@ def _check_options(request: GenerationRequest) -> None:
         need(-2 <= getattr(request, name) <= 2, name, "-2 to 2")
     need(0 < request.repetition_penalty < math.inf, "repetition_penalty", "more than 0")
     need(all(math.isfinite(bias) for _, bias in request.logit_bias), "logit_bias", "finite numbers")
+    need(request.logprobs is None or request.logprobs >= 0, "logprobs", "0 or more")
     need(all(request.stop), "stop", "strings of at least one character")

@@ -24,7 +24,9 @@ class GenerationRequest:
     context's end.
     ``seed`` None means: fresh randomness. ``temperature`` 0 is greedy. ``top_k`` 0 means: all tokens. ``logit_bias``:
     token id -> what is added to its logit. A token of ``stop_token_ids`` ends the answer, and has no text. How logits
-    become a token, and in which order: ``serve_app/engine/transformers/sampling.py``; vLLM does the same.
+    become a token, and in which order: ``serve_app/engine/transformers/sampling.py``; vLLM does the same. ``logprobs``:
+    how many of the most probable tokens are told at each step, None: not even the chosen one. ``echo``: the answer
+    begins with the prompt's text. (The vLLM engine does neither here: there vLLM's own serving classes answer.)
     """
 
     request_id: str
@@ -44,8 +46,20 @@ class GenerationRequest:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    echo: bool = False
     stop: tuple[str, ...] = ()
     seed: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Of one token of an answer: its log probability by the model's logits, before anything was done to them, and those
+    of the most probable tokens, the most probable first. A text is of its token alone."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,8 @@ class GenerationChunk:
     """A piece of an answer, in order. The last one, and only it, has ``finish_reason`` ("stop" or "length").
 
     ``text`` never ends inside a character, and never holds any part of a stop string that matched.
-    ``num_prompt_tokens`` and ``num_completion_tokens`` are running totals.
+    ``num_prompt_tokens`` and ``num_completion_tokens`` are running totals. ``logprobs``, where they are asked for: of
+    each of ``token_ids``.
     """
 
     text: str
@@ -61,6 +76,7 @@ class GenerationChunk:
     num_prompt_tokens: int
     num_completion_tokens: int
     finish_reason: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from cluster.bundle.serving_map import ServedAdapter
-from serve_app.engine.protocol import GenerationChunk
+from serve_app.engine.protocol import GenerationChunk, TokenLogprobs
 
 FinishReason = str | None
 
@@ -33,7 +34,7 @@ class Choice(BaseModel):
     text: str | None = None
     message: dict[str, str] | None = None
     delta: dict[str, str] | None = None
-    logprobs: None = None
+    logprobs: dict[str, Any] | None = None
     finish_reason: FinishReason
 
 
@@ -92,11 +93,14 @@ class Answering:
     def __post_init__(self) -> None:
         self._last: list[GenerationChunk | None] = [None] * self.num_choices
         self._texts: list[list[str]] = [[] for _ in range(self.num_choices)]
+        self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self.num_choices)]
+        self._offsets = [0] * self.num_choices
 
     def add(self, index: int, chunk: GenerationChunk) -> None:
         """Take in a piece of choice ``index``."""
         self._last[index] = chunk
         self._texts[index].append(chunk.text)
+        self._logprobs[index] += chunk.logprobs
 
     def whole(self) -> Answer:
         choices = []
@@ -105,7 +109,8 @@ class Answering:
             said = (
                 {"message": {"role": "assistant", "content": "".join(texts)}} if self.chat else {"text": "".join(texts)}
             )
-            choices.append(self._choice(index, said, last.finish_reason if last else None))
+            told = self._told(index, self._logprobs[index])
+            choices.append(self._choice(index, said, last.finish_reason if last else None, told))
         return self._answer("chat.completion" if self.chat else "text_completion", choices, usage=self.usage())
 
     def opening(self) -> Iterator[Answer]:
@@ -116,7 +121,7 @@ class Answering:
 
     def piece(self, index: int, chunk: GenerationChunk) -> Answer:
         said: dict[str, Any] = {"delta": {"content": chunk.text}} if self.chat else {"text": chunk.text}
-        return self._chunk([self._choice(index, said, chunk.finish_reason)])
+        return self._chunk([self._choice(index, said, chunk.finish_reason, self._told(index, chunk.logprobs))])
 
     def closing(self) -> Iterator[Answer]:
         if self.include_usage:
@@ -133,8 +138,31 @@ class Answering:
     def _chunk_object(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _choice(self, index: int, said: dict[str, Any], finish_reason: FinishReason) -> Choice:
-        return Choice(index=index, **said, logprobs=None, finish_reason=finish_reason)
+    def _choice(
+        self, index: int, said: dict[str, Any], finish_reason: FinishReason, logprobs: dict[str, Any] | None = None
+    ) -> Choice:
+        return Choice(index=index, **said, logprobs=logprobs, finish_reason=finish_reason)
+
+    def _told(self, index: int, tokens: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        """Of tokens that come next in choice ``index``; None where no log probabilities are asked for."""
+        if not tokens:
+            return None
+        if self.chat:
+            return {
+                "content": [
+                    _token(token.text, token.logprob) | {"top_logprobs": [_token(*other) for other in token.top]}
+                    for token in tokens
+                ]
+            }
+        offsets = list(accumulate((len(token.text) for token in tokens), initial=self._offsets[index]))
+        self._offsets[index] = offsets.pop()
+        return {
+            "text_offset": offsets,
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            # The chosen token is among them, whether it is one of the most probable or not.
+            "top_logprobs": [dict(token.top) | {token.text: token.logprob} for token in tokens],
+        }
 
     def _chunk(self, choices: list[Choice]) -> Answer:
         if not self.include_usage:
@@ -151,6 +179,10 @@ class Answering:
             choices=choices,
             **usage,
         )
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 def adapter_card(adapter: ServedAdapter, created: int, status: str) -> ModelCard:

@@ -18,14 +18,12 @@ from serve_app.engine.protocol import GenerationRequest
 from serve_app.openai.call import read_object
 from serve_app.openai.errors import ApiError, invalid
 
+MAX_LOGPROBS = 20  # OpenAI's limit of chats, and vLLM's
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on to the context's end
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI
-    "echo": (False,),
     "suffix": (),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -171,6 +169,11 @@ class GenerationFields(_Strict):
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many of the most probable tokens are told at each step; None: no log probabilities at all."""
+        raise NotImplementedError
+
     def sampling(self) -> dict[str, Any]:
         """The fields of GenerationRequest that say how to generate."""
         return {
@@ -186,6 +189,7 @@ class GenerationFields(_Strict):
             "repetition_penalty": float(self.repetition_penalty),
             "logit_bias": tuple((int(token), float(bias)) for token, bias in self.logit_bias.items()),
             "stop_token_ids": self.stop_token_ids,
+            "logprobs": self.told_logprobs,
             "stop": self.stop,
         }
 
@@ -204,6 +208,19 @@ class CompletionRequest(GenerationFields):
     """POST /v1/completions. ``prompt`` is parsed to a tuple of texts or of token tuples."""
 
     prompt: tuple[str | tuple[int, ...], ...]
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    NULL_IS_DEFAULT: ClassVar[tuple[str, ...]] = (*GenerationFields.NULL_IS_DEFAULT, "echo", "logprobs")
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _false_is_none(cls, value: Any) -> Any:
+        return None if value is False else value
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return self.logprobs
 
     @field_validator("prompt", mode="plain")
     @classmethod
@@ -234,6 +251,7 @@ class CompletionRequest(GenerationFields):
                 prompt=prompt if isinstance(prompt, str) else None,
                 prompt_token_ids=None if isinstance(prompt, str) else prompt,
                 seed=self.seed_of(choice),
+                echo=self.echo,
                 **self.sampling(),
             )
             for index, prompt in enumerate(self.prompt)
@@ -286,6 +304,14 @@ class ChatRequest(GenerationFields):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+
+    NULL_IS_DEFAULT: ClassVar[tuple[str, ...]] = (*GenerationFields.NULL_IS_DEFAULT, "logprobs", "top_logprobs")
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
     def generations(self, answer_id: str, adapter: str | None) -> list[GenerationRequest]:
         messages = tuple({"role": message.spoken_by, "content": message.content} for message in self.messages)
@@ -322,7 +348,8 @@ def _without_neutral(kind: type[GenerationFields], document: Mapping[str, Any]) 
         elif not is_neutral(name, value):
             allowed = ", ".join(json.dumps(neutral) for neutral in (*NEUTRAL[name], None))
             raise invalid(
-                f"{name} is {json.dumps(value)[:100]}, which this server does not do; leave it out, or send {allowed}",
+                f"{name} is {json.dumps(value)[:100]}, which the transformers engine does not do (vllm may); leave it "
+                f"out, or send {allowed}",
                 name,
                 "unsupported_value",
             )
@@ -372,5 +399,9 @@ def _check_together(request: GenerationFields) -> None:
         )
     if request.n > 1 and request.temperature == 0:
         raise invalid(f"n is {request.n} at temperature 0, where all choices would be the same; ask for one", "n")
+    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
+        raise invalid("top_logprobs is only allowed when logprobs is true", "top_logprobs")
+    if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
+        raise invalid("echo with logprobs: the transformers engine tells none of a prompt; engine=vllm does", "echo")
     if request.max_new_tokens is not None and request.min_tokens > request.max_new_tokens:
         raise invalid(f"min_tokens is {request.min_tokens}, above max_tokens {request.max_new_tokens}", "min_tokens")

@@ -22,7 +22,7 @@ from cluster.bundle.reading import HomeWeights, LoadedHome
 from cluster.bundle.serving_map import ServedAdapter, ServingMap, factors_rank
 from cluster.errors import StoreUnreachable
 from cluster.layer import ModuleWeights
-from serve_app.engine.protocol import Engine, GenerationChunk, GenerationRequest
+from serve_app.engine.protocol import Engine, GenerationChunk, GenerationRequest, TokenLogprobs
 
 CLUSTERS = {
     # Rank 8; rank 8 with rsLoRA; rank 4 on q and v only.
@@ -192,6 +192,7 @@ class Answer:
     token_ids: list[int]
     last: GenerationChunk
     pieces: list[str]
+    logprobs: list[TokenLogprobs]
 
 
 def ask(adapter: str | None, **options: Any) -> GenerationRequest:
@@ -207,4 +208,4 @@ async def collect(engine: Engine, request: GenerationRequest) -> Answer:
     token_ids = [token for chunk in chunks for token in chunk.token_ids]
     assert chunks[-1].num_completion_tokens == len(token_ids)
     pieces = [chunk.text for chunk in chunks]
-    return Answer("".join(pieces), token_ids, chunks[-1], pieces)
+    return Answer("".join(pieces), token_ids, chunks[-1], pieces, [told for chunk in chunks for told in chunk.logprobs])

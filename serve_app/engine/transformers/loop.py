@@ -207,6 +207,10 @@ class EngineLoop:
     def _deliver(self, generations: list[Generation], logits: Tensor) -> None:
         """Draw the next token of each of ``generations`` from its row of logits (rows, V), and tell its owner."""
         is_finite = logits.isfinite().all(dim=-1).tolist()
+        told = [
+            row.log_softmax(-1) if generation.request.logprobs is not None else None
+            for row, generation in zip(logits, generations, strict=True)
+        ]
         for row, generation in enumerate(generations):
             adjust(logits[row], generation.request, generation.prompt_ids, generation.output_ids)
             if not generation.may_end:
@@ -214,8 +218,8 @@ class EngineLoop:
         samplings = [generation.sampling for generation in generations]
         tokens = choose_tokens(logits, samplings, [len(generation.output_ids) for generation in generations])
         answers = [
-            self._answer(generation, token, finite)
-            for generation, token, finite in zip(generations, tokens, is_finite, strict=True)
+            self._answer(generation, token, finite, log_probs)
+            for generation, token, finite, log_probs in zip(generations, tokens, is_finite, told, strict=True)
         ]
         ended = [
             generation
@@ -227,7 +231,7 @@ class EngineLoop:
         for generation, answer in zip(generations, answers, strict=True):
             generation.deliver(answer)
 
-    def _answer(self, generation: Generation, token: int, is_finite: bool) -> Answer:
+    def _answer(self, generation: Generation, token: int, is_finite: bool, log_probs: Tensor | None) -> Answer:
         if not is_finite:
             return ServeError(
                 f"adapter {generation.request.adapter or self._base_name!r}: the model's output at token "
@@ -235,7 +239,7 @@ class EngineLoop:
                 f"{self._settings.dtype} is wide enough for it"
             )
         try:
-            return generation.accept(token, self._eos_ids)
+            return generation.accept(token, self._eos_ids, log_probs)
         except Exception as error:
             logger.exception("request %s failed", generation.request.request_id)
             return ServeError(f"request {generation.request.request_id}: {type(error).__name__}: {error}")

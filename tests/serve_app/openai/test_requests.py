@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from cluster.errors import EngineStopped, HomeUnavailable, RequestError, UnknownAdapter
-from serve_app.engine.protocol import GenerationChunk, GenerationRequest
+from serve_app.engine.protocol import GenerationChunk, GenerationRequest, TokenLogprobs
 from serve_app.openai.answers import Answering, page
 from serve_app.openai.errors import ApiError, as_api_error
-from serve_app.openai.requests import NEUTRAL, ChatRequest, CompletionRequest, parse_request
+from serve_app.openai.requests import NEUTRAL, ChatRequest, CompletionRequest, GenerationFields, parse_request
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "m", "prompt": "hi"}
@@ -136,7 +136,9 @@ def test_a_field_that_is_not_done_is_accepted_at_its_neutral_values_and_refused_
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"stop_token_ids": 5}, "stop_token_ids"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"user": 3}, "user"),
@@ -281,6 +283,53 @@ def test_usage_is_in_every_chunk_where_it_is_asked_for_all_along() -> None:
         assert usage is not None
         counted.append((usage.prompt_tokens, usage.completion_tokens))
     assert counted == [(5, 1), (5, 2)]
+
+
+def test_log_probabilities_and_echo_are_asked_for_in_the_form_of_each_endpoint() -> None:
+    def wanted(request: GenerationFields) -> tuple[int | None, bool]:
+        [own] = request.generations("id", None)
+        return own.logprobs, own.echo
+
+    assert wanted(chat()) == wanted(chat(logprobs=False)) == wanted(completion(logprobs=False)) == (None, False)
+    assert wanted(chat(logprobs=True)) == wanted(completion(logprobs=0)) == (0, False)
+    assert wanted(chat(logprobs=True, top_logprobs=3)) == wanted(completion(logprobs=3)) == (3, False)
+    assert wanted(completion(echo=True)) == (None, True)
+    for fields, param in (({"echo": True, "logprobs": 0}, "echo"), ({"logprobs": 21}, "logprobs")):
+        with pytest.raises(ApiError) as caught:
+            completion(**fields)
+        assert caught.value.param == param
+
+
+def test_log_probabilities_are_told_in_the_form_of_each_endpoint_and_offsets_go_on_from_chunk_to_chunk() -> None:
+    first, second = TokenLogprobs("é", -0.5, ((" b", -0.1), ("é", -0.5))), TokenLogprobs(" c", -2.0, ((" b", -0.2),))
+    chunks = [GenerationChunk("é", (1,), 5, 1, None, (first,)), GenerationChunk(" c", (2,), 5, 2, "stop", (second,))]
+    text, spoken = (Answering("id", "m", "rev", chat, 1, False) for chat in (False, True))
+    pieces = []
+    for chunk in chunks:
+        text.add(0, chunk)
+        spoken.add(0, chunk)
+        pieces.append(text.piece(0, chunk).choices[0].logprobs)
+    assert [piece and piece["text_offset"] for piece in pieces] == [[0], [1]]
+    whole = Answering("id", "m", "rev", False, 1, False)
+    for chunk in chunks:
+        whole.add(0, chunk)
+    assert whole.whole().choices[0].logprobs == {
+        "tokens": ["é", " c"],
+        "token_logprobs": [-0.5, -2.0],
+        "top_logprobs": [{" b": -0.1, "é": -0.5}, {" b": -0.2, " c": -2.0}],
+        "text_offset": [0, 1],
+    }
+    told = spoken.whole().choices[0].logprobs
+    assert told is not None
+    assert told["content"][0] == {
+        "token": "é",
+        "logprob": -0.5,
+        "bytes": [195, 169],
+        "top_logprobs": [
+            {"token": " b", "logprob": -0.1, "bytes": [32, 98]},
+            {"token": "é", "logprob": -0.5, "bytes": [195, 169]},
+        ],
+    }
 
 
 def test_pages_follow_each_other_without_gap_or_overlap() -> None:

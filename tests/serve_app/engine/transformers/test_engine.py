@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from cluster.bundle.serving_map import ServingMap
@@ -131,6 +132,42 @@ def test_bias_and_penalties_change_the_answers_of_a_batch_as_their_definitions_s
     answers = answer(engine, *(ask(name, **options) for name, options in WISHES.items()))
     assert {name: found.token_ids for name, found in zip(WISHES, answers, strict=True)} == wished
     assert all(wished[name] != oracle[name] for name in WISHES)
+
+
+def test_log_probabilities_are_pefts_whatever_is_done_to_the_logits(
+    engine: TransformersEngine, peft, oracle: dict[str | None, list[int]], tokenizer
+) -> None:
+    """Of a greedy answer, and of one that a bias leads elsewhere."""
+    prompt = tokenizer(PROMPTS["past"])["input_ids"]
+    greedy = ask("past", logprobs=3, max_tokens=6, ignore_eos=True)
+    biased = replace(greedy, logit_bias=((oracle["past"][0], -100.0),))
+    found = answer(engine, greedy, biased)
+    assert found[0].token_ids == oracle["past"][:6]
+    assert found[1].token_ids[0] != oracle["past"][0]
+    peft.set_adapter("past")
+    for own in found:
+        with torch.inference_mode():
+            ids = torch.tensor([prompt + own.token_ids], device=DEVICE)
+            expected = peft(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).cpu()
+        assert len(own.logprobs) == 6
+        for token, told, row in zip(own.token_ids, own.logprobs, expected, strict=True):
+            values, tokens = row.topk(3)
+            assert told.text == tokenizer.decode([token])
+            assert told.logprob == pytest.approx(float(row[token]), abs=2e-3)
+            assert [text for text, _ in told.top] == [tokenizer.decode([t]) for t in tokens.tolist()]
+            assert [value for _, value in told.top] == pytest.approx(values.tolist(), abs=2e-3)
+
+
+def test_an_echo_is_the_prompts_text_before_the_answer(engine: TransformersEngine, tokenizer) -> None:
+    prompt = PROMPTS["past"]
+    plain, echoed, by_tokens = answer(
+        engine,
+        ask("past"),
+        ask("past", echo=True, stop=("Past",)),
+        ask("past", echo=True, prompt_token_ids=tuple(tokenizer(prompt)["input_ids"])),
+    )
+    assert echoed.text == by_tokens.text == prompt + plain.text
+    assert echoed.last.num_completion_tokens == plain.last.num_completion_tokens
 
 
 def test_a_stop_token_ends_an_answer_counts_as_a_token_and_has_no_text(
