@@ -24,7 +24,7 @@ from cluster.errors import RequestError
 CPU_S = 1.0
 """Of one chat; a template of the field takes milliseconds."""
 MEMORY_BYTES = 1 << 30  # beyond what the process has when it starts
-MAX_MESSAGES_SIZE = 1 << 20  # characters: far more than any context holds
+MAX_MESSAGES_SIZE, MAX_MESSAGES = 1 << 20, 10_000  # characters, as JSON: far more than any context holds
 MAX_TEXT_SIZE = 4 << 20
 _WALL_S, _START_S = 30.0, 60.0  # where the CPU time is not up yet, for the machine has other things to do
 _TRIES = 2
@@ -45,9 +45,11 @@ class TemplateProcess:
     def render(self, template: str, messages: list[dict[str, Any]], special_tokens: dict[str, Any]) -> str:
         """The text of a chat up to where the assistant's answer begins. Raises RequestError where the template fails or
         takes too much; one that took too much is not tried again."""
-        size = sum(len(str(value)) for message in messages for value in message.values())
-        if size > MAX_MESSAGES_SIZE:
-            raise RequestError(f"the messages have {size} characters, more than any context holds", "messages")
+        size = len(json.dumps(messages, ensure_ascii=False))
+        if size > MAX_MESSAGES_SIZE or len(messages) > MAX_MESSAGES:
+            raise RequestError(
+                f"there are {len(messages)} messages of {size} characters, more than any context holds", "messages"
+            )
         question = {"template": template, "messages": messages, "special_tokens": special_tokens}
         line = json.dumps(question).encode() + b"\n"
         with self._lock:

@@ -54,7 +54,19 @@ def read_object(body: bytes) -> dict[str, Any]:
         raise invalid(f"The body is not JSON ({error})", code="invalid_json") from None
     if not isinstance(document, dict):
         raise invalid(f"The body is a JSON {type(document).__name__}, expected an object", code="invalid_json")
+    for name, value in document.items():
+        if not _fits(value):
+            raise invalid(f"{name} holds a whole number beyond 64 bits", name, "invalid_value")
     return document
+
+
+def _fits(value: Any) -> bool:
+    """Whether its whole numbers are of 64 bits: what takes them further on knows no others."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    if isinstance(value, list):
+        return all(map(_fits, value))
+    return all(map(_fits, value.values())) if isinstance(value, dict) else True
 
 
 def read_envelope(body: bytes) -> Envelope:

@@ -18,6 +18,8 @@ from serve_app.engine.protocol import GenerationRequest
 from serve_app.openai.call import read_object
 from serve_app.openai.errors import ApiError, invalid
 
+# What vLLM's sampler has room for on a GPU; one more would end the engine.
+MOST_BIASED, MOST_STOP_TOKENS = 1024, 64
 MAX_LOGPROBS = 20  # OpenAI's limit of chats, and vLLM's
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on to the context's end
 
@@ -120,8 +122,8 @@ class GenerationFields(_Strict):
     frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
     repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
     # OpenAI's bounds.
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
-    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASED)] = {}
+    stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=MOST_STOP_TOKENS)] = ()
     stop: tuple[str, ...] = ()
     n: int = Field(1, ge=1)
     # Of so many the best n are to be given: none is left out here, so that it can only be n.

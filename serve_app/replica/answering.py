@@ -68,9 +68,12 @@ async def stream(engine: Engine, call: Call) -> AsyncGenerator[Reply | bytes, No
         return
     async with aclosing(chunks):
         begun: list[tuple[int, GenerationChunk]] = []
+        waited_for = set(range(answering.num_choices))
         try:
-            while len({index for index, _ in begun}) < answering.num_choices:
-                begun += await anext(chunks)
+            while waited_for:
+                pieces = await anext(chunks)
+                begun += pieces
+                waited_for -= {index for index, _ in pieces}
         except Exception as error:
             yield _refusal(error)
             return

@@ -33,7 +33,7 @@ from cluster.errors import CtsError
 from serve_app.engine.vllm.engine import VllmEngine
 from serve_app.openai.call import Call, Endpoint, Reply, error_reply, read_object
 from serve_app.openai.errors import ApiError, as_api_error, internal_error, invalid, unavailable
-from serve_app.openai.requests import NEUTRAL, SAYS_NOTHING, is_neutral
+from serve_app.openai.requests import MOST_BIASED, MOST_STOP_TOKENS, NEUTRAL, SAYS_NOTHING, is_neutral, unknown_field
 from serve_app.replica.answering import merge
 
 logger = logging.getLogger("ray.serve")
@@ -41,9 +41,16 @@ logger = logging.getLogger("ray.serve")
 _KINDS: dict[Endpoint, type[Any]] = {"completions": CompletionRequest, "chat": ChatCompletionRequest}
 # vLLM knows them; here they would reach another's cache, another process, or a template of the client's own.
 _REFUSED = (
-    "cache_salt", "chat_template", "kv_transfer_params", "mm_processor_kwargs", "prompt_embeds", "request_id",
-    "session_id", "vllm_xargs",
+    "cache_salt", "chat_template", "ec_transfer_params", "kv_transfer_params", "mm_processor_kwargs", "prompt_embeds",
+    "request_id", "session_id", "vllm_xargs",
 )  # fmt: skip
+# What a renderer takes by these names is no variable of a template, but another template, or how to render.
+_NO_VARIABLES = ("chat_template", "tokenize", "messages", "conversation", "return_dict")
+# Where an adapter's own template speaks, which is given the messages alone.
+_NOT_GIVEN = ("tools", "documents", "chat_template_kwargs", "reasoning_effort", "continue_final_message")
+# Beyond these vLLM's sampler on a GPU raises in its step, which ends the engine.
+_MOST_ENTRIES = {"logit_bias": MOST_BIASED, "allowed_token_ids": 1024, "stop_token_ids": MOST_STOP_TOKENS}
+_MOST_BAD_CHARACTERS = 1024
 # A template that says nothing but what an adapter's own has said: it ran in a process of its own.
 _SPOKEN = "{{ cts_spoken }}"
 _MOST_STOPS = 4  # that vLLM takes, as OpenAI does; its engine takes any number
@@ -64,10 +71,13 @@ class VllmAnswers:
             "trust_request_chat_template": True,  # ours alone: a client's is refused
         }
         renderer = OnlineRenderer(llm.model_config, llm.renderer, **template)
-        self._serving = {
+        self._serving: dict[str, Any] = {
             "chat": OpenAIServingChat(llm, models, "assistant", online_renderer=renderer, **template),
             "completions": OpenAIServingCompletion(llm, models, online_renderer=renderer, request_logger=None),
         }
+
+        for serving in self._serving.values():
+            serving.system_fingerprint = None  # vLLM's own; here it is the served revision
 
     async def answer(self, call: Call) -> Reply:
         try:
@@ -103,20 +113,16 @@ class VllmAnswers:
     async def _create(self, call: Call) -> Any:
         """vLLM's whole answer, or its generator of events. Raises ApiError, and whatever vLLM raises."""
         document = self._checked(call)
-        served = self._served(call)
-        if call.endpoint == "chat" and served is not None and served.chat_template is not None:
-            document |= await asyncio.to_thread(self._spoken, served.chat_template, document)
         stops = document.get("stop")
         if isinstance(stops, list):
             document["stop"] = stops[:_MOST_STOPS] + [stop for stop in stops[_MOST_STOPS:] if not isinstance(stop, str)]
-        try:
-            request = _KINDS[call.endpoint].model_validate(document)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            name = str(first["loc"][0]) if first["loc"] else None
-            raise invalid(f"{name or 'the body'}: {first['msg']}", name, "invalid_value") from None
+        request = _validated(_KINDS[call.endpoint], document)
         if isinstance(stops, list):
             request.stop = stops
+        served = self._served(call)
+        if call.endpoint == "chat" and served is not None and served.chat_template is not None:
+            text = await asyncio.to_thread(self._speak, served.chat_template, document)
+            request.chat_template, request.chat_template_kwargs = _SPOKEN, {"cts_spoken": text}
         serving = self._serving[call.endpoint]
         create = serving.create_chat_completion if call.endpoint == "chat" else serving.create_completion
         result = await create(request)
@@ -135,11 +141,14 @@ class VllmAnswers:
             if name in kind.model_fields:
                 document[name] = value
             elif name == "max_completion_tokens":  # of chats; load generators send both to both
-                document.setdefault("max_tokens", value)
+                if document.setdefault("max_tokens", value) != value:
+                    raise invalid(f"{name} is {value} and max_tokens {document['max_tokens']}; give one of them", name)
+            elif name == "best_of":
+                if value != document.get("n", 1):
+                    raise invalid("best_of is not n: no choice is left out here; leave it out", name, "invalid_value")
             elif not is_neutral(name, value):
-                raise invalid(
-                    f"Unknown field {name!r}: this server does not know what it asks for", name, "unknown_field"
-                )
+                raise unknown_field(name)
+        self._check_bounds(document)
         if call.endpoint == "completions" and document.get("logprobs") is False:
             del document["logprobs"]  # which would count as 0
         for message in document.get("messages") or ():
@@ -148,10 +157,36 @@ class VllmAnswers:
         number = call.answer_id.partition("-")[2]
         return document | {"model": call.adapter or self._map.base_name, "request_id": number}
 
-    def _spoken(self, template: str, document: Mapping[str, Any]) -> dict[str, Any]:
-        messages = [_plain(message) for message in document.get("messages") or ()]
-        text = self._engine.render(template, messages)
-        return {"chat_template": _SPOKEN, "chat_template_kwargs": {"cts_spoken": text}}
+    def _check_bounds(self, document: Mapping[str, Any]) -> None:
+        """What vLLM would take otherwise than the router has counted it, or at the price of the engine."""
+
+        def need(holds: bool, name: str, expected: str) -> None:
+            if not holds:
+                raise invalid(f"{name}: expected {expected}", name, "invalid_value")
+
+        need(type(document.get("n", 1)) is int, "n", "a whole number")
+        need(isinstance(document.get("stream", False), bool), "stream", "true or false")
+        for name, most in _MOST_ENTRIES.items():
+            value = document.get(name, ())
+            need(not isinstance(value, (list, dict)) or len(value) <= most, name, f"at most {most} of them")
+        words = document.get("bad_words", ())
+        size = sum(map(len, filter(lambda word: isinstance(word, str), words))) if isinstance(words, list) else 0
+        need(size <= _MOST_BAD_CHARACTERS, "bad_words", f"at most {_MOST_BAD_CHARACTERS} characters together")
+        variables = document.get("chat_template_kwargs", {})
+        strange = [key for key in _NO_VARIABLES if isinstance(variables, dict) and key in variables]
+        need(not strange, "chat_template_kwargs", f"variables of the template, which {' '.join(strange)} is not")
+        vocab_size, prompt = self._engine.llm.model_config.get_vocab_size(), document.get("prompt")
+        for tokens in prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], list) else [prompt]:
+            own = [token for token in tokens if isinstance(token, int)] if isinstance(tokens, list) else []
+            need(all(0 <= token < vocab_size for token in own), "prompt", f"token ids below {vocab_size}")
+
+    def _speak(self, template: str, document: Mapping[str, Any]) -> str:
+        """A chat through an adapter's own template."""
+        for name in _NOT_GIVEN:
+            if document.get(name):
+                told = "this adapter's own chat template is given messages alone; leave it out"
+                raise invalid(f"{name}: {told}", name, "unsupported_value")
+        return self._engine.render(template, [_plain(message) for message in document["messages"]])
 
     def _refusal(self, error: Exception) -> Reply:
         told = self._as_api_error(error)
@@ -176,6 +211,18 @@ class VllmAnswers:
             return unavailable(f"the engine is not running: {reason}")
         line = event.partition("\n")[0].removeprefix("data: ")
         return _api_error(ErrorResponse.model_validate(json.loads(line)))
+
+
+def _validated(kind: type[Any], document: Mapping[str, Any]) -> Any:
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else None
+        raise invalid(f"{name or 'the body'}: {first['msg']}", name, "invalid_value") from None
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        # vLLM's validators look into fields before they know of what kind they are.
+        raise invalid(f"a field is not of the kind it should be ({type(error).__name__}: {error})") from None
 
 
 class _Models(OpenAIServingModels):

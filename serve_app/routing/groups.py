@@ -172,4 +172,7 @@ async def _next(response: Any) -> Reply | bytes | None:
 
 
 async def _awaited(response: Any) -> Any:
-    return await response
+    try:
+        return await response
+    except RequestCancelledError:
+        raise asyncio.CancelledError from None  # by us: nobody waits any more

@@ -53,7 +53,7 @@ async def _first(pieces: Pieces) -> Reply | bytes:
 async def _close(first: asyncio.Future[Reply | bytes], pieces: Pieces) -> None:
     # A generator that is being waited for cannot be closed.
     first.cancel()
-    await asyncio.wait({first})
+    await asyncio.gather(first, return_exceptions=True)
     await pieces.aclose()
 
 

@@ -49,6 +49,8 @@ def test_a_field_of_another_kind_counts_as_absent_and_is_refused_by_who_answers(
         (b"{}", "model", "missing_field"),
         (b'{"model": null}', "model", "missing_field"),
         (b'{"model": 3}', "model", "invalid_value"),
+        (b'{"model": "m", "n": ' + b"9" * 4000 + b"}", "n", "invalid_value"),
+        (b'{"model": "m", "x": [{"y": 9223372036854775808}]}', "x", "invalid_value"),
     ],
 )
 def test_what_names_no_model_is_a_400(body: bytes, param: str | None, code: str) -> None:

@@ -189,6 +189,7 @@ def test_the_bases_answer_is_that_of_vllms_own_server_whole_and_streamed(
         assert told_by(told) == told_by(expected)
         if "stream_options" in BODIES[name]:
             assert all(chunk["usage"]["prompt_tokens"] > 0 for chunk in told)
+        assert not any(chunk.get("system_fingerprint") for chunk in told)
 
     running.run(check())
 
@@ -246,6 +247,21 @@ def test_every_adapter_answers_with_its_own_weights_and_under_its_own_name(runni
         ({}, None, None),
         ({"messages": []}, None, None),
         ({"prompt": "x", "stop": [3]}, "stop", "invalid_value"),
+        ({"prompt": "x", "n": "64"}, "n", "invalid_value"),
+        ({"prompt": "x", "n": 64.0}, "n", "invalid_value"),
+        ({"prompt": "x", "best_of": 2}, "best_of", "invalid_value"),
+        ({"prompt": "x", "max_completion_tokens": 3}, "max_completion_tokens", None),
+        ({"prompt": "x", "top_k": 10**30}, "top_k", "invalid_value"),
+        ({"prompt": "x", "logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias", "invalid_value"),
+        ({"prompt": "x", "allowed_token_ids": list(range(1025))}, "allowed_token_ids", "invalid_value"),
+        ({"prompt": "x", "stop_token_ids": list(range(65)), "min_tokens": 1}, "stop_token_ids", "invalid_value"),
+        ({"prompt": "x", "bad_words": ["a b " * 300]}, "bad_words", "invalid_value"),
+        ({"prompt": "x", "structured_outputs": "x"}, None, None),
+        ({"prompt": [[5, 49152]]}, "prompt", "invalid_value"),
+        ({"messages": CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs", None),
+        ({"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", None),
+        ({"messages": CHAT, "tools": [{}], "tool_choice": {"type": "function", "function": {"name": "a"}}}, None, None),
+        ({"messages": ["x"]}, None, None),
         ({"messages": CHAT, "tools": [TOOL], "tool_choice": "required"}, None, None),
         ({"prompt": "x", "structured_outputs": {"regex": "("}}, None, None),
         ({"prompt": "x", "logit_bias": {"1000000": 1}}, None, None),
@@ -269,6 +285,12 @@ def test_what_a_client_does_wrong_is_a_400_of_openais_shape(
     assert running.engine.health().alive
 
 
+def test_what_says_only_almost_whether_to_stream_is_a_400(running: Running, answers: Any) -> None:
+    for almost in (1, "true", "no"):
+        reply = running.run(answers.answer(call({"prompt": "x"}, stream=almost)))
+        assert (reply.status, json.loads(reply.body)["error"]["param"]) == (400, "stream")
+
+
 def test_an_adapter_that_failed_is_a_503_with_its_reason(running: Running, answers: Any) -> None:
     reply = running.run(answers.answer(call({"prompt": "x"}, "gone")))
     assert reply.status == 503
@@ -289,6 +311,13 @@ def test_a_chat_goes_through_the_template_that_its_adapter_brought(running: Runn
         )
         said = json.loads(running.run(answers.answer(asked)).body)
         expected = json.loads(running.run(answers.answer(plain)).body)
+        for more in ({"tools": [TOOL], "tool_choice": "none"}, {"chat_template_kwargs": {"a": 1}}):
+            refused = running.run(answers.answer(call({"messages": CHAT} | more, "number-en")))
+            assert (refused.status, json.loads(refused.body)["error"]["param"]) == (400, next(iter(more)))
+        for wrong in ([{}] * 20_000, ["x"]):
+            assert running.run(answers.answer(call({"messages": wrong}, "number-en"))).status == 400
+        # And the template still speaks.
+        assert running.run(answers.answer(asked)).status == 200
     assert said["choices"][0]["message"]["content"] == expected["choices"][0]["text"]
     assert said["usage"] == expected["usage"]
 
