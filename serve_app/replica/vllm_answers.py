@@ -86,7 +86,7 @@ class VllmAnswers:
                 result.system_fingerprint = call.served
                 return Reply(200, result.model_dump_json().encode())
         except Exception as error:
-            return self._refusal(error)
+            return self._refusal(call, error)
 
     async def stream(self, call: Call) -> AsyncGenerator[Reply | bytes, None]:
         try:
@@ -105,7 +105,7 @@ class VllmAnswers:
                     begun = True
                     yield "".join(good).encode()
         except Exception as error:
-            yield self._refusal(error)
+            yield self._refusal(call, error)
 
     def _served(self, call: Call) -> ServedAdapter | None:
         return None if call.adapter is None else self._map.find(call.adapter)
@@ -148,6 +148,11 @@ class VllmAnswers:
                     raise invalid("best_of is not n: no choice is left out here; leave it out", name, "invalid_value")
             elif not is_neutral(name, value):
                 raise unknown_field(name)
+        asked = "messages" if call.endpoint == "chat" else "prompt"
+        if asked not in document:
+            raise invalid(f"{asked} is missing", asked, "missing_field")
+        if document[asked] == []:
+            raise invalid(f"{asked} is empty", asked, "invalid_value")
         self._check_bounds(document)
         if call.endpoint == "completions" and document.get("logprobs") is False:
             del document["logprobs"]  # which would count as 0
@@ -188,21 +193,23 @@ class VllmAnswers:
                 raise invalid(f"{name}: {told}", name, "unsupported_value")
         return self._engine.render(template, [_plain(message) for message in document["messages"]])
 
-    def _refusal(self, error: Exception) -> Reply:
-        told = self._as_api_error(error)
+    def _refusal(self, call: Call, error: Exception) -> Reply:
+        told = self._as_api_error(call, error)
         if told.status == 500:
             logger.error("request failed", exc_info=error)
         return error_reply(told)
 
-    def _as_api_error(self, error: Exception) -> ApiError:
+    def _as_api_error(self, call: Call, error: Exception) -> ApiError:
         if isinstance(error, CtsError):
             return as_api_error(error)
         if reason := self._engine.end:
             return unavailable(f"the engine is not running: {reason}")
         if isinstance(error, VLLMValidationError):
             message = Exception.__str__(error)
-            too_long = error.parameter in ("input_tokens", "input_text", "max_tokens", "max_completion_tokens")
-            return invalid(message, error.parameter, "context_length_exceeded" if too_long else "invalid_value")
+            own = error.parameter in ("input_tokens", "input_text")  # a field of nobody's
+            too_long = own or error.parameter in ("max_tokens", "max_completion_tokens")
+            param = {"chat": "messages", "completions": "prompt"}[call.endpoint] if own else error.parameter
+            return invalid(message, param, "context_length_exceeded" if too_long else "invalid_value")
         return _api_error(create_error_response(error))
 
     def _told(self, event: str) -> ApiError:

@@ -371,7 +371,13 @@ def test_a_cluster_with_a_flipped_byte_is_503_for_its_adapters_and_the_other_clu
     [
         ("completions", {"model": "nobody", "prompt": "x"}, 404, "model", "model_not_found"),
         ("completions", {"model": "roman", "prompt": "x"}, 404, "model", "model_not_found"),
-        ("completions", {"model": "add", "prompt": "x", "echo": True}, 400, "echo", "unsupported_value"),
+        (
+            "completions",
+            {"model": "add", "prompt": "x", "kv_transfer_params": {"a": 1}},
+            400,
+            "kv_transfer_params",
+            "unsupported_value",
+        ),
         ("completions", {"model": "add", "prompt": "x", "n": 65}, 400, "n", None),
         ("completions", {"model": "add", "prompt": "x", "frob": 1}, 400, "frob", "unknown_field"),
         ("completions", {"model": "add"}, 400, "prompt", "missing_field"),
