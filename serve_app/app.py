@@ -24,7 +24,7 @@ from cluster.errors import ConfigError
 from cluster.store.address import open_store
 from serve_app.arguments import Arguments, parse_arguments
 from serve_app.engine.vllm.plugin.compatibility import NOT_INSTALLED, vllm_version
-from serve_app.http.routes import make_api
+from serve_app.http.routes import BodyLimits, make_api
 from serve_app.placement import Group, check_fit, count_needs, home_sizes, plan_groups
 from serve_app.replica.base_files import check_base, is_hub_id
 from serve_app.replica.replica import GroupReplica, ReplicaSpec
@@ -67,8 +67,9 @@ def build(args: dict[str, Any]) -> Application:
         adapter_chat_templates=arguments.adapter_chat_templates,
     )
     origins = arguments.http.allowed_origins
+    bodies = BodyLimits(limits.max_body, arguments.http.receive_timeout_s)
     return serve.deployment(
-        serve.ingress(lambda: make_api(origins))(Router),
+        serve.ingress(lambda: make_api(bodies, origins))(Router),
         name="router",
         num_replicas=1,  # it counts what is in flight
         ray_actor_options={"num_cpus": ROUTER_CPUS},

@@ -20,6 +20,9 @@ ENGINES = ("auto", "transformers", "vllm")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+# What Serve sends from a router to a replica is one message, of 4 MiB at most.
+MOST_BODY_BYTES = 3 << 20
+
 Auto = Literal["auto"]
 Parser = Callable[[Any], Any]
 T = TypeVar("T")
@@ -87,6 +90,16 @@ def _size(value: Any) -> int:
     return parse_size(str(value))
 
 
+def _at_most(most: int, parse: Parser) -> Parser:
+    def parse_bounded(value: Any) -> Any:
+        number = parse(value)
+        if not 0 < number <= most:
+            raise ValueError(f"above 0 and at most {most}")
+        return number
+
+    return parse_bounded
+
+
 def _auto_or(parse: Parser) -> Parser:
     def parse_or_auto(value: Any) -> Any:
         if value == "auto":
@@ -118,20 +131,24 @@ class PlacementArguments:
 class LimitArguments:
     """``max_batch`` sequences of at most ``max_model_len`` tokens run together in a replica; ``max_inflight``
     sequences of a group may run or wait before the router answers 429; a request for more than ``max_prompts``
-    sequences is refused, one that takes longer than ``request_timeout_s`` is given up (504)."""
+    sequences is refused, and so is a body above ``max_body`` bytes; one that takes longer than ``request_timeout_s`` is
+    given up (504)."""
 
     max_batch: Annotated[int, _whole(1)] = 32
     max_model_len: Annotated[int, _whole(2)] = 2048
     max_inflight: Annotated[int, _whole(1)] = 256
     max_prompts: Annotated[int, _whole(1)] = 64
+    max_body: Annotated[int, _at_most(MOST_BODY_BYTES, _size)] = MOST_BODY_BYTES
     request_timeout_s: Annotated[float, _positive] = 300.0
 
 
 @dataclass(frozen=True)
 class HttpArguments:
-    """A stream that waits for its first token gets a comment every ``sse_keep_alive_s`` seconds, so that nothing on the
-    way thinks it dead. ``allowed_origins``: whose pages a browser lets read answers (CORS)."""
+    """A body that is not there after ``receive_timeout_s`` is a 408. A stream that waits for its first token gets a
+    comment every ``sse_keep_alive_s`` seconds, so that nothing on the way thinks it dead. ``allowed_origins``: whose
+    pages a browser lets read answers (CORS)."""
 
+    receive_timeout_s: Annotated[float, _positive] = 30.0
     sse_keep_alive_s: Annotated[float, _positive] = 15.0
     allowed_origins: Annotated[tuple[str, ...], _origins] = ()
 

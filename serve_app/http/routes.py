@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -13,16 +15,23 @@ from starlette.middleware.cors import CORSMiddleware
 
 from cluster.errors import CtsError
 from serve_app.openai.call import error_reply
-from serve_app.openai.errors import ApiError, as_api_error, internal_error, retry_headers
+from serve_app.openai.errors import ApiError, as_api_error, internal_error, retry_headers, too_large, too_slow
 from serve_app.routing.responses import as_json
 from serve_app.routing.router import Router
 
 logger = logging.getLogger("ray.serve")
 
 
-def make_api(allowed_origins: Sequence[str] = ()) -> FastAPI:
+@dataclass(frozen=True)
+class BodyLimits:
+    max_bytes: int
+    timeout_s: float
+
+
+def make_api(limits: BodyLimits, allowed_origins: Sequence[str] = ()) -> FastAPI:
     """Called in the router's replica; the routes ask the Router object that lives there."""
     api = FastAPI(title="compress-then-serve", docs_url=None, redoc_url=None, openapi_url=None)
+    api.state.limits = limits
     api.post("/v1/completions")(completions)
     api.post("/v1/chat/completions")(chat_completions)
     for path, answer in (
@@ -56,11 +65,29 @@ def router() -> Router:
 
 # Bodies are parsed by who answers, not by FastAPI: its own errors have another status and another shape.
 async def completions(request: Request) -> Response:
-    return await router().answer("completions", await request.body())
+    return await router().answer("completions", await read_body(request))
 
 
 async def chat_completions(request: Request) -> Response:
-    return await router().answer("chat", await request.body())
+    return await router().answer("chat", await read_body(request))
+
+
+async def read_body(request: Request) -> bytes:
+    """Raises ApiError for a body that is too large, as soon as that is known, or too slow."""
+    limits: BodyLimits = request.app.state.limits
+    announced = request.headers.get("content-length", "")
+    received = bytearray()
+    try:
+        async with asyncio.timeout(limits.timeout_s):
+            if announced.isdecimal() and int(announced[:20]) > limits.max_bytes:
+                raise too_large(limits.max_bytes)
+            async for piece in request.stream():
+                received += piece
+                if len(received) > limits.max_bytes:
+                    raise too_large(limits.max_bytes)
+    except TimeoutError:
+        raise too_slow(limits.timeout_s) from None
+    return bytes(received)
 
 
 async def list_models(request: Request) -> Response:

@@ -34,6 +34,16 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, kind="invalid_request_error", param=param, code=code)
 
 
+def too_large(max_bytes: int) -> ApiError:
+    message = f"The body has more than {max_bytes} bytes (limits.max_body); send less"
+    return ApiError(413, message, kind="invalid_request_error", code="body_too_large")
+
+
+def too_slow(timeout_s: float) -> ApiError:
+    message = f"The body was not there after {timeout_s:g} s (http.receive_timeout_s)"
+    return ApiError(408, message, kind="timeout_error", code="body_too_slow")
+
+
 def unavailable(message: str) -> ApiError:
     return ApiError(503, message, kind="service_unavailable_error", code="service_unavailable")
 

@@ -157,7 +157,9 @@ def deploy(bundle: Bundle, base_path: Path, port: int) -> Callable[..., App]:
 @pytest.fixture(scope="module")
 def app(deploy: Callable[..., App]) -> App:
     """Everything in one group: one machine, so ``auto`` makes one."""
-    return deploy("auto", **{"placement.clusters_per_group": "auto", "http.allowed_origins": PAGE})
+    return deploy(
+        "auto", **{"placement.clusters_per_group": "auto", "http.allowed_origins": PAGE, "http.receive_timeout_s": 2}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -420,6 +422,29 @@ def test_what_is_no_request_of_ours_is_refused_in_openais_shape(
     seen, _, answer = app.call(method, path, body)
     assert seen == status
     assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_body_that_is_too_large_is_a_413_before_it_is_read_and_one_just_within_is_answered(app: App) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        announced = {"Content-Length": str(200 << 20)}
+        with app.open("POST", path, announced, b"{") as answer:
+            assert (answer.status, json.loads(answer.read())["error"]["code"]) == (413, "body_too_large")
+    chunked = socket.create_connection(("127.0.0.1", app.port), timeout=PATIENCE_S)
+    with contextlib.closing(chunked):
+        head = f"POST {app.prefix}/v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        chunked.sendall(head.encode() + b"400000\r\n" + b" " * 0x400000 + b"\r\n")
+        assert chunked.recv(12) == b"HTTP/1.1 413"
+    body = json.dumps({"model": "add", "prompt": "1 + 1 =", "max_tokens": 1, "user": "x" * (3 << 20)}).encode()
+    within = body[: -(len(body) - (3 << 20)) - 2] + b'"}'
+    assert app.call("POST", "/v1/completions", within)[0] == 200
+
+
+def test_a_body_that_does_not_arrive_is_a_408(app: App) -> None:
+    slow = socket.create_connection(("127.0.0.1", app.port), timeout=PATIENCE_S)
+    with contextlib.closing(slow):
+        head = f"POST {app.prefix}/v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+        slow.sendall(head.encode() + b'{"model":')
+        assert slow.recv(12) == b"HTTP/1.1 408"
 
 
 def test_head_is_answered_as_get_is(app: App) -> None:
