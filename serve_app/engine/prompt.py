@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +72,19 @@ class PromptReader:
         if request.min_tokens > max_tokens:
             raise RequestError(f"min_tokens is {request.min_tokens}, but at most {max_tokens} tokens fit", "min_tokens")
         return token_ids, max_tokens
+
+    def special_stops(self, stops: Sequence[str]) -> tuple[int, ...]:
+        """Ids of those stops that are special tokens: no text has them, so that their tokens must end the answer.
+
+        Raises RequestError where one is a part of a longer stop, which could never be met."""
+        special = {str(token): number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        for stop in stops:
+            if stop not in special and (within := [token for token in special if token in stop]):
+                raise RequestError(
+                    f"stop {stop[:100]!r} holds the special token {within[0]!r}, which no text has; give that alone",
+                    "stop",
+                )
+        return tuple(special[stop] for stop in stops if stop in special)
 
     def _token_ids(self, request: GenerationRequest, chat_template: str | None) -> list[int]:
         if request.prompt_token_ids is not None:

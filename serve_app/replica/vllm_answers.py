@@ -119,6 +119,9 @@ class VllmAnswers:
         request = _validated(_KINDS[call.endpoint], document)
         if isinstance(stops, list):
             request.stop = stops
+        special = self._engine.special_stops([stops] if isinstance(stops, str) else stops or ())
+        if special and request.skip_special_tokens:
+            request.stop_token_ids = [*(request.stop_token_ids or ()), *special]
         served = self._served(call)
         if call.endpoint == "chat" and served is not None and served.chat_template is not None:
             text = await asyncio.to_thread(self._speak, served.chat_template, document)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -67,6 +68,8 @@ class TransformersEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         served = None if request.adapter is None else self._serving_map.find(request.adapter)
         self._running().check_available(served)
+        if special := self._reader.special_stops(request.stop):
+            request = replace(request, stop_token_ids=(*request.stop_token_ids, *special))
         template = served.chat_template if served else None
         prompt_ids, max_tokens = await self._reader.read_aside(request, template)
         event_loop, answers = asyncio.get_running_loop(), asyncio.Queue[Answer]()

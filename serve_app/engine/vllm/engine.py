@@ -143,6 +143,10 @@ class VllmEngine:
         """Why the engine answers no more."""
         return self._end or ("vLLM ended; its log says why" if self._llm.errored else None)
 
+    def special_stops(self, stops: Sequence[str]) -> tuple[int, ...]:
+        """As ``PromptReader.special_stops``."""
+        return self._reader.special_stops(stops)
+
     def render(self, template: str, messages: list[dict[str, Any]]) -> str:
         """A chat through an adapter's own template, in a process apart. Raises RequestError."""
         return self._reader.templates.render(template, messages, dict(self._reader.tokenizer.special_tokens_map))

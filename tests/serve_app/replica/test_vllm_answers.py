@@ -206,6 +206,14 @@ def test_what_vllm_does_not_stream_is_whole_and_more_stops_than_it_takes_all_end
         reply = await answers.answer(call({"prompt": "1, 2, 3, 4,", "stop": stops, "max_tokens": 30}))
         [choice] = json.loads(reply.body)["choices"]
         assert (choice["text"], choice["stop_reason"]) == (" 5, ", "6")
+        # A special token, which no text has.
+        endless = {"messages": CHAT, "ignore_eos": True, "max_tokens": 60}
+        ended, stopped = [
+            json.loads((await answers.answer(call(endless | more))).body)["choices"][0]
+            for more in ({"ignore_eos": False}, {"stop": "<|im_end|>"})
+        ]
+        assert stopped["message"]["content"] == ended["message"]["content"]
+        assert stopped["finish_reason"] == ended["finish_reason"] == "stop"
 
     running.run(check())
 
@@ -247,6 +255,7 @@ def test_every_adapter_answers_with_its_own_weights_and_under_its_own_name(runni
         ({}, "prompt", "missing_field"),
         ({"messages": []}, "messages", None),
         ({"prompt": "x", "stop": [3]}, "stop", "invalid_value"),
+        ({"prompt": "x", "stop": "a<|im_end|>"}, "stop", None),
         ({"prompt": "x", "n": "64"}, "n", "invalid_value"),
         ({"prompt": "x", "n": 64.0}, "n", "invalid_value"),
         ({"prompt": "x", "best_of": 2}, "best_of", "invalid_value"),

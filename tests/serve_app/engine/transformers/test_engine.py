@@ -186,6 +186,19 @@ def test_a_stop_token_ends_an_answer_counts_as_a_token_and_has_no_text(
     assert len(later.token_ids) > 3
 
 
+def test_a_stop_that_is_a_special_token_ends_the_answer_though_no_text_has_it(
+    engine: TransformersEngine, tokenizer
+) -> None:
+    messages = ({"role": "user", "content": "Say hello."},)
+    endless = ask(None, messages=messages, max_tokens=60, ignore_eos=True)
+    ended, stopped = answer(engine, replace(endless, ignore_eos=False), replace(endless, stop=(tokenizer.eos_token,)))
+    assert stopped.token_ids == ended.token_ids
+    assert (stopped.text, stopped.last.finish_reason) == (ended.text, "stop")
+    with pytest.raises(RequestError, match="holds the special token") as caught:
+        answer(engine, ask(None, prompt="x", stop=(f"a{tokenizer.eos_token}",)))
+    assert caught.value.param == "stop"
+
+
 def test_a_mixed_batch_joined_at_different_times_answers_as_peft_does(
     engine: TransformersEngine, oracle: dict[str | None, list[int]]
 ) -> None:
