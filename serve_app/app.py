@@ -60,7 +60,7 @@ def build(args: dict[str, Any]) -> Application:
         bundle=bundle.address,
         revision=bundle.manifest.revision,
         homes={group.name: group.homes for group in groups},
-        max_inflight=limits.max_inflight,
+        max_inflight=arguments.inflight_of_a_router,
         max_prompts=limits.max_prompts,
         request_timeout_s=limits.request_timeout_s,
         sse_keep_alive_s=arguments.http.sse_keep_alive_s,
@@ -71,9 +71,9 @@ def build(args: dict[str, Any]) -> Application:
     return serve.deployment(
         serve.ingress(lambda: make_api(bodies, origins))(Router),
         name="router",
-        num_replicas=1,  # it counts what is in flight
+        num_replicas=arguments.routers,
         ray_actor_options={"num_cpus": ROUTER_CPUS},
-        max_ongoing_requests=len(groups) * limits.max_inflight + SPARE_REQUESTS,
+        max_ongoing_requests=len(groups) * arguments.inflight_of_a_router + SPARE_REQUESTS,
     ).bind(router, handles)
 
 

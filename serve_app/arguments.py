@@ -156,7 +156,8 @@ class HttpArguments:
 @dataclass(frozen=True)
 class Arguments:
     """``bundle`` is ``<out>`` or ``<out>/bundles/<id>``; ``base`` a local folder, an ``s3://`` prefix or a hub id.
-    ``adapter_chat_templates``: chats of an adapter that brought a template go through that, else through the base's."""
+    ``adapter_chat_templates``: chats of an adapter that brought a template go through that, else through the base's.
+    ``routers`` share what a group admits: each has its part of ``limits.max_inflight``."""
 
     bundle: Annotated[str, _text]
     base: Annotated[str, _text]
@@ -165,9 +166,15 @@ class Arguments:
     device: Annotated[str, _one_of(*DEVICES)] = "auto"
     dtype: Annotated[str, _one_of(*DTYPES)] = "auto"
     adapter_chat_templates: Annotated[bool, _yes_or_no] = True
+    routers: Annotated[int, _whole(1)] = 1
     placement: PlacementArguments = field(default_factory=PlacementArguments)
     limits: LimitArguments = field(default_factory=LimitArguments)
     http: HttpArguments = field(default_factory=HttpArguments)
+
+    @property
+    def inflight_of_a_router(self) -> int:
+        """Sequences of one group."""
+        return self.limits.max_inflight // self.routers
 
 
 def parse_arguments(document: Mapping[str, Any]) -> Arguments:
@@ -179,9 +186,10 @@ def parse_arguments(document: Mapping[str, Any]) -> Arguments:
     arguments = _take(Arguments, "", left, placement=placement, limits=limits, http=http)
     if left:
         raise ConfigError(f"unknown argument {sorted(left)[0]!r}; known are {', '.join(known_keys())}")
-    if limits.max_prompts > limits.max_inflight:
+    if limits.max_prompts > arguments.inflight_of_a_router:
+        shared = f" shared by {arguments.routers} routers" if arguments.routers > 1 else ""
         raise ConfigError(
-            f"limits.max_prompts is {limits.max_prompts}, more than limits.max_inflight {limits.max_inflight}: "
+            f"limits.max_prompts is {limits.max_prompts}, more than limits.max_inflight {limits.max_inflight}{shared}: "
             "such a request could never be admitted; lower the first or raise the second"
         )
     return arguments

@@ -558,6 +558,51 @@ def test_a_killed_replica_is_503_until_it_is_back_and_never_a_hang(split_app: Ap
     assert split_app.say("past").choices[0].text == before
 
 
+@pytest.mark.slow
+def test_of_two_routers_one_that_is_killed_takes_its_own_streams_along_and_the_other_goes_on(
+    deploy: Callable[..., App],
+) -> None:
+    app = deploy("routed", routers=2, limits={"max_inflight": 32, "max_prompts": 16})
+    fields = {"model": "add", "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with contextlib.ExitStack() as open_streams:
+        streams = [open_streams.enter_context(contextlib.closing(app.send(fields))) for _ in range(16)]
+        assert all(stream.recv(12) == b"HTTP/1.1 200" for stream in streams)
+        routers = replicas_of(app.name, "router")
+        assert len(routers) == 2
+        ray.kill(ray.get_actor(routers[0], namespace="serve"))
+        assert app.say("past", max_tokens=1).choices  # at once, by the other
+        with ThreadPoolExecutor(16) as pool:
+            ends = list(pool.map(rest_of, streams))
+    whole = [b"data: [DONE]" in end for end in ends]
+    assert any(whole), "the other router's streams go on"
+    assert not all(whole), "a killed router's streams cannot"
+    wait_until(lambda: len(replicas_of(app.name, "router")) == 2)
+    serve.delete("routed")
+
+
+@pytest.mark.slow
+def test_two_routers_admit_together_no_more_than_one_would(deploy: Callable[..., App]) -> None:
+    app = deploy("shared", routers=2, limits={"max_inflight": 4, "max_prompts": 2})
+    fields = {"model": "add", "prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with contextlib.ExitStack() as open_streams:
+        streams = [open_streams.enter_context(contextlib.closing(app.send(fields))) for _ in range(12)]
+        statuses = [stream.recv(12)[-3:] for stream in streams]
+        assert set(statuses) == {b"200", b"429"}
+        assert statuses.count(b"200") <= 4
+    serve.delete("shared")
+
+
+def rest_of(stream: socket.socket) -> bytes:
+    """All that comes; where the connection is cut, what came."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := stream.recv(2**16):
+            received += piece
+            if received.endswith(b"0\r\n\r\n"):
+                break
+    return received
+
+
 def held_by_group(app: App) -> dict[str, list[str]]:
     # In a worker: with Serve's settings for throughput a handle lives on the event loop it is first used in, and has no
     # end but its process'.
@@ -574,9 +619,13 @@ def homes_of(app: str, group: str) -> list[str]:
 
 
 def kill_replica(app: str, deployment: str) -> None:
-    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
-    [replica] = [name for name in names if f"{app}#{deployment}#" in name]
+    [replica] = replicas_of(app, deployment)
     ray.kill(ray.get_actor(replica, namespace="serve"))
+
+
+def replicas_of(app: str, deployment: str) -> list[str]:
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    return [name for name in names if f"{app}#{deployment}#" in name]
 
 
 @pytest.mark.slow

@@ -119,6 +119,8 @@ def test_an_option_given_nested_and_flat_is_refused() -> None:
 def test_a_request_that_could_never_be_admitted_is_no_limit() -> None:
     with pytest.raises(ConfigError, match=r"max_prompts is 64, more than limits\.max_inflight 8"):
         parse_arguments({**NEEDED, "limits": {"max_inflight": 8}})
+    with pytest.raises(ConfigError, match=r"limits\.max_inflight 100 shared by 2 routers"):
+        parse_arguments({**NEEDED, "routers": "2", "limits": {"max_inflight": 100}})
 
 
 def test_the_shipped_serve_config_is_valid_for_ray_and_for_us() -> None:
