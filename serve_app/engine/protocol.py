@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from cluster.bundle.serving_map import ServingMap
+
 
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -100,6 +102,10 @@ class Engine(Protocol):
     before the first chunk. EngineStopped, and ServeError for an answer that failed, may come at any time.
     Closing the stream (aclose, or cancelling its consumer) frees the batch row.
     """
+
+    @property
+    def serving_map(self) -> ServingMap:
+        """What it answers with."""
 
     async def start(self) -> None:
         """Load the base and attach the homes the engine was made with. A home that fails, and an adapter of a home

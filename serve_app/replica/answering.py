@@ -42,66 +42,57 @@ class EngineAnswers:
         self._engine = engine
 
     async def answer(self, call: Call) -> Reply:
-        return await answer(self._engine, call)
-
-    def stream(self, call: Call) -> AsyncGenerator[Reply | bytes, None]:
-        return stream(self._engine, call)
-
-
-async def answer(engine: Engine, call: Call) -> Reply:
-    try:
-        answering, chunks = _begin(engine, call)
-        async with aclosing(chunks):
-            async for pieces in chunks:
-                for index, chunk in pieces:
-                    answering.add(index, chunk)
-        return Reply(200, answering.whole().model_dump_json(exclude_unset=True).encode())
-    except Exception as error:
-        return _refusal(error)
-
-
-async def stream(engine: Engine, call: Call) -> AsyncGenerator[Reply | bytes, None]:
-    try:
-        answering, chunks = _begin(engine, call)
-    except Exception as error:
-        yield _refusal(error)
-        return
-    async with aclosing(chunks):
-        begun: list[tuple[int, GenerationChunk]] = []
-        waited_for = set(range(answering.num_choices))
         try:
-            while waited_for:
-                pieces = await anext(chunks)
-                begun += pieces
-                waited_for -= {index for index, _ in pieces}
+            answering, chunks = self._begin(call)
+            async with aclosing(chunks):
+                async for pieces in chunks:
+                    for index, chunk in pieces:
+                        answering.add(index, chunk)
+            return Reply(200, answering.whole().model_dump_json(exclude_unset=True).encode())
+        except Exception as error:
+            return _refusal(error)
+
+    async def stream(self, call: Call) -> AsyncGenerator[Reply | bytes, None]:
+        try:
+            answering, chunks = self._begin(call)
         except Exception as error:
             yield _refusal(error)
             return
-        yield b"".join(map(_event, answering.opening())) + _said(answering, begun)
-        try:
-            async for pieces in chunks:
-                yield _said(answering, pieces)
-        except Exception as error:
-            # The status line is long gone. What follows an error event is nothing, not even [DONE].
-            yield b"data: " + _refusal(error).body + b"\n\n"
-            return
-        yield b"".join(map(_event, answering.closing())) + _DONE
+        async with aclosing(chunks):
+            begun: list[tuple[int, GenerationChunk]] = []
+            waited_for = set(range(answering.num_choices))
+            try:
+                while waited_for:
+                    pieces = await anext(chunks)
+                    begun += pieces
+                    waited_for -= {index for index, _ in pieces}
+            except Exception as error:
+                yield _refusal(error)
+                return
+            yield b"".join(map(_event, answering.opening())) + _said(answering, begun)
+            try:
+                async for pieces in chunks:
+                    yield _said(answering, pieces)
+            except Exception as error:
+                # The status line is long gone. What follows an error event is nothing, not even [DONE].
+                yield b"data: " + _refusal(error).body + b"\n\n"
+                return
+            yield b"".join(map(_event, answering.closing())) + _DONE
 
-
-def _begin(engine: Engine, call: Call) -> tuple[Answering, IndexedChunks]:
-    request = parse_request(_KINDS[call.endpoint], call.body)
-    sequences = request.generations(call.answer_id, call.adapter)
-    answering = Answering(
-        id=call.answer_id,
-        model=request.model,
-        served=call.served,
-        chat=call.endpoint == "chat",
-        num_choices=len(sequences),
-        include_usage=request.include_usage,
-        continuous_usage=request.continuous_usage,
-        choices_a_prompt=request.n,
-    )
-    return answering, merge([_as_generator(engine.generate(sequence)) for sequence in sequences])
+    def _begin(self, call: Call) -> tuple[Answering, IndexedChunks]:
+        request = parse_request(_KINDS[call.endpoint], call.body)
+        sequences = request.generations(call.answer_id, call.adapter)
+        answering = Answering(
+            id=call.answer_id,
+            model=request.model,
+            served=call.served,
+            chat=call.endpoint == "chat",
+            num_choices=len(sequences),
+            include_usage=request.include_usage,
+            continuous_usage=request.continuous_usage,
+            choices_a_prompt=request.n,
+        )
+        return answering, merge([_as_generator(self._engine.generate(sequence)) for sequence in sequences])
 
 
 def _said(answering: Answering, pieces: Sequence[tuple[int, GenerationChunk]]) -> bytes:

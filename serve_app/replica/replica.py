@@ -65,14 +65,12 @@ class GroupReplica:
     async def answer(self, call: Call) -> Reply:
         """Whole. An error is a reply too, never raised: Ray would wrap it in a traceback of its own, log it as a
         failure of ours, and take long over it."""
-        if self._engine is None:
-            return error_reply(unavailable(self._reason))
-        return await self._answers.answer(call)
+        return self._refusal(call) or await self._answers.answer(call)
 
     async def stream(self, call: Call) -> AsyncIterator[Reply | bytes]:
         """Server-sent events; a Reply instead of them where the request is refused."""
-        if self._engine is None:
-            yield error_reply(unavailable(self._reason))
+        if refusal := self._refusal(call):
+            yield refusal
             return
         async with aclosing(self._answers.stream(call)) as pieces:
             async for piece in pieces:
@@ -90,6 +88,19 @@ class GroupReplica:
             raise EngineStopped(self._reason)
         if self._engine is not None and not self._engine.health().alive:
             raise EngineStopped(f"{self._spec.name}: the engine died")
+
+    def _refusal(self, call: Call) -> Reply | None:
+        """Where nothing can answer here, or only another revision of the adapter than the one that is asked for."""
+        if self._engine is None:
+            return error_reply(unavailable(self._reason))
+        if call.adapter is None:
+            return None
+        here = self._engine.serving_map.adapters.get(call.adapter)
+        if here is None or here.served != call.served:
+            own = "has no such adapter" if here is None else f"serves its revision {here.served}"
+            told = f"{call.adapter} is asked for at revision {call.served}, and {self._spec.name} {own}; try again"
+            return error_reply(unavailable(told))
+        return None
 
     @property
     def _reason(self) -> str:

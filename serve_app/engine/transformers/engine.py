@@ -51,6 +51,10 @@ class TransformersEngine:
         self._num_slots = serving_map.num_slots()
         self._loop: EngineLoop | None = None
 
+    @property
+    def serving_map(self) -> ServingMap:
+        return self._serving_map
+
     async def start(self) -> None:
         """Raises BaseModelError or ConfigError when the base cannot be served; a home that fails is recorded."""
         base = await asyncio.to_thread(self._load_base)

@@ -12,7 +12,7 @@ import pytest
 from cluster.errors import EngineStopped, RequestError
 from serve_app.engine.protocol import Engine, GenerationChunk, GenerationRequest
 from serve_app.openai.call import Call, Endpoint, Reply
-from serve_app.replica import answering
+from serve_app.replica.answering import EngineAnswers
 
 
 class Script:
@@ -41,12 +41,12 @@ def call(endpoint: Endpoint = "completions", **fields: Any) -> Call:
 
 
 def whole(script: Script, asked: Call) -> Reply:
-    return asyncio.run(answering.answer(cast(Engine, script), asked))
+    return asyncio.run(EngineAnswers(cast(Engine, script)).answer(asked))
 
 
 def pieces(script: Script, asked: Call) -> list[Any]:
     async def collect() -> list[Any]:
-        return [piece async for piece in answering.stream(cast(Engine, script), asked)]
+        return [piece async for piece in EngineAnswers(cast(Engine, script)).stream(asked)]
 
     return asyncio.run(collect())
 

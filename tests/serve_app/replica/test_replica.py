@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.bundle.reading import Bundle
 from cluster.errors import EngineStopped
 from serve_app.openai.call import Call, Reply
 from serve_app.replica.replica import GroupReplica, ReplicaSpec
@@ -50,6 +51,26 @@ def test_a_failed_start_is_told_by_status_and_by_every_request(spec: ReplicaSpec
             assert isinstance(reply, Reply)
             assert reply.status == 503
             assert b"no-base" in reply.body
+
+    asyncio.run(check())
+
+
+def test_an_adapter_is_answered_at_the_revision_that_is_asked_for_or_not_at_all(
+    spec: ReplicaSpec, base_path: Path
+) -> None:
+    async def check() -> None:
+        replica = await start(replace(spec, base=str(base_path)))
+        [served] = [adapter.served for adapter in Bundle.open(spec.bundle, 0).manifest.adapters.values()]
+        body = b'{"model": "add", "prompt": "1 + 1 =", "max_tokens": 1}'
+        asked = Call("completions", body, "id", "add", served)
+        assert (await replica.answer(asked)).status == 200
+        for other, told in ((replace(asked, served="sha256:1"), served), (replace(asked, adapter="gone"), "no such")):
+            [refused] = [item async for item in replica.stream(other)]
+            for reply in (await replica.answer(other), refused):
+                assert isinstance(reply, Reply)
+                assert reply.status == 503
+                assert told in reply.body.decode()
+        assert (await replica.answer(replace(asked, adapter=None, served="sha256:1"))).status == 200
 
     asyncio.run(check())
 
