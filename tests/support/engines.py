@@ -57,7 +57,7 @@ PROMPTS = {
 WISHES: dict[str | None, dict[str, Any]] = {
     None: {"repetition_penalty": 1.3},
     "past": {"frequency_penalty": 1.5, "ignore_eos": True},
-    "city-country": {"presence_penalty": 2.0, "ignore_eos": True},
+    "city-country": {"presence_penalty": 2.0, "frequency_penalty": 1.0, "ignore_eos": True},
     "number-en": {"logit_bias": ((28, 9.0), (1876, -100.0)), "ignore_eos": True},  # which said 1876 first
     "country-fr": {
         "logit_bias": ((28, 8.0),),
@@ -67,6 +67,7 @@ WISHES: dict[str | None, dict[str, Any]] = {
         "ignore_eos": True,
     },
 }
+WISHED_TOKENS = 16
 MAX_BATCH, MAX_MODEL_LEN = 10, 512
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the transformers engine and the oracle
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.engines import CUT, DEVICE, PROMPTS, WISHES, write_cut
+from tests.support.engines import CUT, DEVICE, PROMPTS, WISHED_TOKENS, WISHES, write_cut
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def oracle(peft: PeftModel, tokenizer: Any) -> dict[str | None, list[int]]:
 
 @pytest.fixture(scope="module")
 def wished(peft: PeftModel, tokenizer: Any) -> dict[str | None, list[int]]:
-    """Adapter -> the 24 most probable tokens one after the other, each under what ``WISHES`` does to the logits."""
+    """Adapter -> ``WISHED_TOKENS`` times the most probable token, under what ``WISHES`` does to the logits."""
     return {name: list(_wished(peft, tokenizer, name, **options)) for name, options in WISHES.items()}
 
 
@@ -73,7 +73,7 @@ def _wished(
 ) -> Iterator[int]:
     prompt: list[int] = tokenizer(PROMPTS[adapter])["input_ids"]
     said: list[int] = []
-    while len(said) < 24:
+    while len(said) < WISHED_TOKENS:
         with speaking_as(peft, adapter):
             logits = peft(input_ids=torch.tensor([prompt + said], device=DEVICE)).logits[0, -1].tolist()
         for token, bias in logit_bias:

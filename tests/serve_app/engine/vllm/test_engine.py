@@ -43,6 +43,7 @@ from tests.support.engines import (
     PROMPTS,
     RAW,
     RAW_HOME,
+    WISHED_TOKENS,
     WISHES,
     Homes,
     ask,
@@ -111,7 +112,7 @@ def test_a_mixed_batch_answers_as_peft_does_and_again_out_of_the_prefix_cache(
 def test_bias_and_penalties_change_the_answers_of_a_batch_as_their_definitions_say(
     running: Running, wished: dict[str | None, list[int]]
 ) -> None:
-    answers = running.tokens(*(ask(name, **options) for name, options in WISHES.items()))
+    answers = running.tokens(*(ask(name, max_tokens=WISHED_TOKENS, **options) for name, options in WISHES.items()))
     assert dict(zip(WISHES, answers, strict=True)) == wished
 
 
