@@ -160,7 +160,7 @@ def test_one_prompt_asked_of_every_adapter_shares_no_cached_prefix(running: Runn
 def test_the_lora_name_holds_the_served_revision(running: Running) -> None:
     """The trap: before vLLM 0.32 the prefix cache's key holds the name alone."""
     served = serving_map().find("roman")
-    assert running.engine._lora_request(served).lora_name == f"roman@{served.served}"
+    assert running.engine.lora_request(served).lora_name == f"roman@{served.served}"
 
 
 def test_a_detached_homes_adapters_are_refused_and_its_place_serves_another_exactly(
