@@ -80,7 +80,10 @@ class Pool:
             own: Kept = ray.get(reference)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it cannot be written to: nothing here does
-                yield {m: Leading(*(torch.from_numpy(fields[f]) for f in Leading.FIELDS)) for m, fields in own.items()}
+                chunk = {
+                    m: Leading(*(torch.from_numpy(fields[f]) for f in Leading.FIELDS)) for m, fields in own.items()
+                }
+            yield chunk
 
     def members(self, labels: Labels, clusters: Sequence[int]) -> dict[str, Leading]:
         """Module -> what is kept of those that have one of these labels."""

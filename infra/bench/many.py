@@ -153,6 +153,8 @@ def measure_all(adapters: int, options: argparse.Namespace) -> dict[str, Any]:
         root = Path(temporary)
         address = options.store.rstrip("/") or str(root / "store")
         store = open_store(address)
+        if options.store and (there := next(store.list(), None)):  # for what is there is removed at the end
+            sys.exit(f"--store {address} holds {there.key} already; give a prefix that holds nothing")
         spec = Collection(adapters, options.layers, options.hidden, options.kv_width, options.rank)
         write(replace(spec, adapters=adapters + 1), root / "in")
         newcomer = (root / f"in/adapters/adapter-{adapters:04}").rename(root / "newcomer")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from cluster.errors import RequestError
@@ -73,11 +74,16 @@ class PromptReader:
             raise RequestError(f"min_tokens is {request.min_tokens}, but at most {max_tokens} tokens fit", "min_tokens")
         return token_ids, max_tokens
 
+    @cached_property
+    def _special_tokens(self) -> dict[str, int]:
+        # The tokenizer makes its mapping anew each time.
+        return {str(token): number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
     def special_stops(self, stops: Sequence[str]) -> tuple[int, ...]:
         """Ids of those stops that are special tokens: no text has them, so that their tokens must end the answer.
 
         Raises RequestError where one is a part of a longer stop, which could never be met."""
-        special = {str(token): number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special = self._special_tokens
         for stop in stops:
             if stop not in special and (within := [token for token in special if token in stop]):
                 raise RequestError(

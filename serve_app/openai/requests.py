@@ -342,9 +342,7 @@ def _without_neutral(kind: type[GenerationFields], document: Mapping[str, Any]) 
             if value is not None or name not in kind.NULL_IS_DEFAULT:
                 kept[name] = value
         elif name in SAYS_NOTHING:
-            if value is not None and not isinstance(value, SAYS_NOTHING[name]):
-                kind_of = {str: "a string", dict: "an object", bool: "true or false"}[SAYS_NOTHING[name]]
-                raise invalid(f"{name} is {json.dumps(value)[:100]}, expected {kind_of}", name, "invalid_value")
+            check_says_nothing(name, value)
         elif name not in NEUTRAL:
             raise unknown_field(name)
         elif not is_neutral(name, value):
@@ -356,6 +354,13 @@ def _without_neutral(kind: type[GenerationFields], document: Mapping[str, Any]) 
                 "unsupported_value",
             )
     return kept
+
+
+def check_says_nothing(name: str, value: Any) -> None:
+    """Raises ApiError (400) where the value of a field in ``SAYS_NOTHING`` is not of its kind, and not null."""
+    if value is not None and not isinstance(value, SAYS_NOTHING[name]):
+        kind_of = {str: "a string", dict: "an object", bool: "true or false"}[SAYS_NOTHING[name]]
+        raise invalid(f"{name} is {json.dumps(value)[:100]}, expected {kind_of}", name, "invalid_value")
 
 
 def unknown_field(name: str) -> ApiError:

@@ -33,7 +33,15 @@ from cluster.errors import CtsError
 from serve_app.engine.vllm.engine import VllmEngine
 from serve_app.openai.call import Call, Endpoint, Reply, error_reply, read_object
 from serve_app.openai.errors import ApiError, as_api_error, internal_error, invalid, unavailable
-from serve_app.openai.requests import MOST_BIASED, MOST_STOP_TOKENS, NEUTRAL, SAYS_NOTHING, is_neutral, unknown_field
+from serve_app.openai.requests import (
+    MOST_BIASED,
+    MOST_STOP_TOKENS,
+    NEUTRAL,
+    SAYS_NOTHING,
+    check_says_nothing,
+    is_neutral,
+    unknown_field,
+)
 from serve_app.replica.answering import merge
 
 logger = logging.getLogger("ray.serve")
@@ -75,7 +83,6 @@ class VllmAnswers:
             "chat": OpenAIServingChat(llm, models, "assistant", online_renderer=renderer, **template),
             "completions": OpenAIServingCompletion(llm, models, online_renderer=renderer, request_logger=None),
         }
-
         for serving in self._serving.values():
             serving.system_fingerprint = None  # vLLM's own; here it is the served revision
 
@@ -137,7 +144,10 @@ class VllmAnswers:
         """The fields for vLLM's request. Raises ApiError."""
         kind, document = _KINDS[call.endpoint], {}
         for name, value in read_object(call.body).items():
-            if name in SAYS_NOTHING or (value is None and (name in kind.model_fields or name in NEUTRAL)):
+            if name in SAYS_NOTHING:
+                check_says_nothing(name, value)
+                continue
+            if value is None and (name in kind.model_fields or name in NEUTRAL):
                 continue
             if name in _REFUSED:
                 raise invalid(f"{name} is not taken from clients here; leave it out", name, "unsupported_value")

@@ -256,6 +256,7 @@ def test_every_adapter_answers_with_its_own_weights_and_under_its_own_name(runni
         ({"messages": []}, "messages", None),
         ({"prompt": "x", "stop": [3]}, "stop", "invalid_value"),
         ({"prompt": "x", "stop": "a<|im_end|>"}, "stop", None),
+        ({"prompt": "x", "user": 3}, "user", "invalid_value"),
         ({"prompt": "x", "n": "64"}, "n", "invalid_value"),
         ({"prompt": "x", "n": 64.0}, "n", "invalid_value"),
         ({"prompt": "x", "best_of": 2}, "best_of", "invalid_value"),
