@@ -39,6 +39,7 @@ FOREIGN = {
     "git": {"--follow"},
     "ray": {"--working-dir", "--address", "--runtime-env"},
     "kubectl": {"-o"},
+    "weed": {"-dir", "-ip.bind", "-s3.port", "-bucket", "-metricsPort"},
 }
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 
@@ -101,6 +102,10 @@ def check_command(words: list[str]) -> None:
             check_command(options[split + 1 :])
         case ["curl", *arguments]:
             check_curl(arguments)
+        case [setting, *command] if re.fullmatch(r"[A-Z_]+=\S+", setting):
+            check_command(command)
+        case [".venv/bin/weed", "mini", *options, "&"]:
+            assert {option.partition("=")[0] for option in options} <= FOREIGN["weed"], line
         case [("pip" | "git" | "kubectl") as tool, *arguments]:
             assert {word for word in arguments if word.startswith("-")} <= FOREIGN[tool], line
         case _:
@@ -219,7 +224,7 @@ def shell(base_path: Path, s3_server: S3Server, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["README.md", "compress_jobs/README.md"])
+@pytest.mark.parametrize("name", ["README.md", pytest.param("compress_jobs/README.md", marks=pytest.mark.by_hand)])
 def test_the_commands_of_the_job_work_one_after_the_other(name: str, shell: Path) -> None:
     commands = Document(REPOSITORY / name).commands()
     own = [words for words in commands if words[:3] == ["python", "-m", "compress_jobs"]]
@@ -258,6 +263,7 @@ def test_the_application_is_started_and_asked_as_the_documents_say(shell: Path) 
             assert done.returncode == 0, f"{block}\n{done.stderr}"
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_make_serve_answers_and_make_stop_ends_it(base_path: Path) -> None:
     """The targets' own commands; what they set up is there."""

@@ -98,6 +98,7 @@ def test_lossless_answers_are_pefts_alone_and_all_in_one_batch(
         assert ask_all_at_once(client, PROMPTS, NUM_TOKENS) == expected
 
 
+@pytest.mark.by_hand
 @pytest.mark.parametrize("clusters_per_group", ["auto", 1])
 def test_lossy_answers_are_pefts_with_the_exported_adapters(
     port: int, lossy: Bundle, lossy_answers: dict[str, str], base_path: Path, clusters_per_group: object
@@ -107,6 +108,7 @@ def test_lossy_answers_are_pefts_with_the_exported_adapters(
         assert ask_all_at_once(client, PROMPTS, NUM_TOKENS) == lossy_answers
 
 
+@pytest.mark.by_hand
 @pytest.mark.parametrize("swap", ["slots", "clusters"])
 def test_the_comparison_sees_two_swapped_slots_and_two_swapped_clusters(
     port: int, lossy: Bundle, lossy_answers: dict[str, str], base_path: Path, swap: str

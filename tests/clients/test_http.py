@@ -498,6 +498,7 @@ def drain(connection: socket.socket) -> bytes:
     return received
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_every_placement_serves_the_same_answers(app: App, split_app: App, paired_app: App) -> None:
     groups = [set(one.call("GET", "/ready")[2]["groups"]) for one in (app, paired_app, split_app)]
@@ -558,6 +559,7 @@ def test_a_killed_replica_is_503_until_it_is_back_and_never_a_hang(split_app: Ap
     assert split_app.say("past").choices[0].text == before
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_of_two_routers_one_that_is_killed_takes_its_own_streams_along_and_the_other_goes_on(
     deploy: Callable[..., App],

@@ -118,6 +118,7 @@ def assert_published_as(calm: Path, uri: str) -> None:
     assert not list(store.list("work/"))
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_a_store_that_fails_each_tenth_request_cuts_bodies_or_is_slow_loses_nothing(
     s3_server: S3Server, s3_bucket: str, calm: Path, inputs: list[str]
@@ -161,6 +162,7 @@ def test_a_store_that_always_fails_is_given_up_after_a_dozen_requests_with_its_m
     assert "Traceback" not in printed
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_a_store_that_fails_for_good_during_the_job_ends_it_and_the_next_run_goes_on(
     s3_server: S3Server, s3_bucket: str, calm: Path, inputs: list[str]

@@ -69,6 +69,7 @@ def test_a_token_that_is_missing_or_wrong_is_one_line(
     assert not (place.out / "CURRENT").exists()
 
 
+@pytest.mark.by_hand
 def test_a_ray_cluster_of_another_version_is_one_line(place: Place, tmp_path: Path) -> None:
     with ray_head(tmp_path / "other", version="2.40.0", dashboard=False) as other:
         status, printed = other.job(*options(place), **WITH_TOKEN)
@@ -85,7 +86,9 @@ def submission(tmp_path: Path, place: Place, s3_bucket: str, s3_server: S3Server
     checkout = tmp_path / "checkout"
     for name in ("cluster", "compress_jobs", "infra/job"):
         shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (checkout / "infra" / "job" / "run.toml").write_text(run.replace("s3://lora", s3_bucket).replace("16", "2"))
+    (checkout / "infra" / "job" / "run.toml").write_text(
+        run.replace("s3://lora", s3_bucket).replace("rank = 16", "rank = 2")
+    )
     environment = yaml.safe_load((REPOSITORY / "infra" / "job" / "runtime_env.yaml").read_text())
     environment["env_vars"] |= {
         "AWS_ENDPOINT_URL": s3_server.endpoint,
@@ -122,6 +125,7 @@ def test_a_submitted_job_without_credentials_says_on_which_node(head: Head, subm
     assert "Traceback" not in printed
 
 
+@pytest.mark.by_hand
 def test_workers_without_the_drivers_credentials_say_on_which_node(
     head: Head, place: Place, s3_bucket: str, s3_server: S3Server
 ) -> None:
@@ -130,6 +134,7 @@ def test_workers_without_the_drivers_credentials_say_on_which_node(
     assert last_line(printed).endswith(f"where this runs, on {socket.gethostname()}")
 
 
+@pytest.mark.by_hand
 def test_a_submitted_job_writes_nothing_where_nobody_finds_it(
     head: Head, place: Place, submission: tuple[Path, list[str]]
 ) -> None:
@@ -171,6 +176,7 @@ def test_a_head_without_the_packages_is_one_line(
     )
 
 
+@pytest.mark.by_hand
 def test_a_folder_that_another_node_does_not_see_is_refused_before_any_work(
     place: Place, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

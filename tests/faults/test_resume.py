@@ -96,6 +96,7 @@ KILLS = [
 """One after the other to the same job; at last it had published, and its answer was lost with it."""
 
 
+@pytest.mark.by_hand
 def test_a_job_killed_eight_times_goes_on_each_time_and_does_nothing_twice(
     s3_server: S3Server, s3_bucket: str, base_path: Path, adapters: Path, undisturbed: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_a_job_killed_eight_times_goes_on_each_time_and_does_nothing_twice(
     assert_published_as(undisturbed, out)
 
 
+@pytest.mark.by_hand
 def test_of_twins_that_start_together_both_end_well(
     base_path: Path, adapters: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -222,6 +224,7 @@ def test_a_node_killed_while_both_fit_changes_nothing_of_what_is_published(
     assert_published_as(undisturbed, open_store(str(tmp_path / "out")))
 
 
+@pytest.mark.by_hand
 def test_a_driver_killed_on_a_cluster_that_lives_on_is_replaced_by_another(
     nodes: tuple[Cluster, list[Any]], base_path: Path, adapters: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_the_demo_ends_with_its_figures_and_leaves_no_process(base_path: Path, t
         until(lambda: not in_session(process.pid), 30)
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_a_demo_that_is_terminated_takes_all_it_started_with_it(base_path: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"

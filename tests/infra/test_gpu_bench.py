@@ -12,7 +12,7 @@ from infra.bench.collection import Collection, factors
 from infra.bench.gpu.__main__ import main, parts, run_part
 from infra.bench.gpu.compression import Q_PROJ
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.by_hand]
 
 
 def test_every_part_runs_without_a_gpu_in_tiny(

@@ -38,7 +38,7 @@ from infra.train_zoo.training import load_base, train_adapters
 MIN_TRAIN_ROWS = 96
 
 # Beside the product: a recipe whose tests generate all rows and train for real.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.by_hand]
 
 Split = tuple[list[Row], list[Row]]
 

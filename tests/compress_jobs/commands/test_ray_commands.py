@@ -112,6 +112,7 @@ def test_a_submitted_job_publishes_and_a_deployed_application_serves_it(
     run(str(BIN / "serve"), "shutdown", "--yes", "--address", dashboard)
 
 
+@pytest.mark.by_hand
 def test_serve_run_takes_the_arguments_from_the_line(
     cluster: tuple[str, str], base_path: Path, zoo_path: Path, tmp_path: Path
 ) -> None:

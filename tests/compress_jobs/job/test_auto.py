@@ -127,6 +127,7 @@ def test_plan_predicts_what_the_run_then_finds(
     assert main([*line[:-1], "100MB"]) == 2
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_the_choice_is_within_a_fifth_of_the_best_that_exhaustive_search_finds(
     base_path: Path, zoo_path: Path, tmp_path: Path

@@ -491,6 +491,7 @@ def test_damaged_parts_are_done_again(
     assert parts_of(out) == {}
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["objects/*.safetensors", "work/*/fits/*/3-0.safetensors"])
 def test_intact_parts_whose_tensors_are_damaged_are_done_again(

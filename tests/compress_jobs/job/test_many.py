@@ -73,6 +73,7 @@ def test_rounds_find_families_as_one_task_does_and_tell_their_errors(
     assert [len(row) for row in summary.similarity or []] == [CLUSTERS] * CLUSTERS
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 @pytest.mark.usefixtures("many")
 def test_those_that_are_placed_afterwards_find_their_family(

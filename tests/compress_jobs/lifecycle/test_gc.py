@@ -373,6 +373,7 @@ def test_gc_looks_again_right_before_it_deletes(aged: Path, tmp_path: Path) -> N
     assert all((out / key).exists() for key in garbage)
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_a_gc_that_never_rests_loses_nothing_of_a_run(
     written: tuple[Path, Path, Path],

@@ -21,6 +21,7 @@ from tests.support.upload import upload
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.by_hand
 def test_all_commands_in_a_row_on_s3(
     s3_bucket: str,
     base_path: Path,

@@ -444,6 +444,7 @@ class Lineage(RuleBasedStateMachine):
                 assert not bundle.load_home(home).failed
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_any_sequence_of_uploads_damage_and_commands_keeps_both_promises(
     generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

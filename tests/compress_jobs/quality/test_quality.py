@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_for_jobs")]
 FULL_ZOO = REPOSITORY.parent / "shared" / "zoo"
 
 
+@pytest.mark.by_hand
 @pytest.mark.parametrize("zoo", [ZOO, FULL_ZOO], ids=["shipped", "full"])
 def test_errors_of_a_whole_collection_are_those_of_a_dense_reconstruction(
     zoo: Path, base_path: Path, tmp_path: Path
@@ -55,6 +56,7 @@ def peft_loss(base_path: Path, folder: Path | None, rows: list[tuple[str, str]])
     return total / count
 
 
+@pytest.mark.by_hand
 def test_the_evaluation_says_what_peft_says_of_base_adapter_and_export(
     base_path: Path, zoo_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

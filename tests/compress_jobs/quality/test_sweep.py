@@ -154,6 +154,7 @@ def test_wrong_options_are_refused_by_name(
     assert message in said
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_a_sweep_measures_every_setting_and_leaves_its_rows_as_data(
     adapters_path: Path, base_path: Path, scorer: Scorer, collection: Collection, tmp_path: Path,

@@ -119,6 +119,7 @@ def test_homes_and_adapters_that_fail_are_recorded_and_leave_the_others_ready(en
     assert "the serving map has 2" in health.homes[BROKEN["short"]]
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_every_adapter_alone_answers_as_peft_does(
     engine: TransformersEngine, oracle: dict[str | None, list[int]]
