@@ -10,7 +10,7 @@ from pydantic_core import from_json
 
 from serve_app.openai.errors import ApiError, invalid
 
-Endpoint = Literal["completions", "chat"]
+Endpoint = Literal["completions", "chat", "tokenize", "detokenize"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,14 @@ class Envelope:
 
 @dataclass(frozen=True)
 class Call:
-    """``adapter`` None is the base; ``served`` is the revision that the router's map has of it."""
+    """``adapter`` None is the base; ``served`` is the revision that the router's map has of it. ``router`` asks."""
 
     endpoint: Endpoint
     body: bytes
     answer_id: str
     adapter: str | None
     served: str
+    router: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,17 @@ class Reply:
 
     status: int
     body: bytes
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The first piece of a stream whose others come by the router's carrier."""
+
+    piece: bytes
+
+
+Message = list[tuple[str, Reply | bytes | None]]
+"""By a carrier: answer id, and a piece of it; None: its end."""
 
 
 def read_object(body: bytes) -> dict[str, Any]:

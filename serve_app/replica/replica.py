@@ -10,21 +10,25 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.bundle.reading import Bundle
 from cluster.errors import CtsError, EngineStopped, StoreError
+from serve_app.arguments import VllmArguments
 from serve_app.engine.protocol import Engine, EngineHealth
-from serve_app.openai.call import Call, Reply, error_reply
-from serve_app.openai.errors import unavailable
+from serve_app.openai.call import Call, Carried, Message, Reply, error_reply
+from serve_app.openai.errors import invalid, unavailable
 from serve_app.placement import count_needs
 from serve_app.replica.answering import Answers, EngineAnswers
 from serve_app.replica.base_files import resolve_base
+from serve_app.replica.carrier import Carriers
 
 # A sequence's last block is part empty; this is vLLM's largest on a CPU.
 _KV_BLOCK_TOKENS = 128
+# An answer that is not streamed is one message, and Serve takes messages of 4 MiB at most.
+_MOST_ANSWER_BYTES = 3 << 20
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,6 +50,7 @@ class ReplicaSpec:
     max_model_len: int
     num_threads: int
     adapter_chat_templates: bool = True
+    vllm: VllmArguments = field(default_factory=VllmArguments)
 
 
 class GroupReplica:
@@ -53,28 +58,42 @@ class GroupReplica:
         self._spec = spec
         self._engine: Engine | None = None
         self._failure: Exception | None = None
+        self._carriers = Carriers()
+        engine: Engine | None = None
         try:
-            engine = make_engine(spec)
-            await engine.start()
+            starting = make_engine(spec)
+            await starting.start()
+            engine = starting
             self._answers = make_answers(spec, engine)
             self._engine = engine
         except Exception as error:
             logger.exception("%s did not start", spec.name)
             self._failure = error
+            if engine is not None:  # its memory is another's, once this replica is replaced
+                await engine.stop()
 
     async def answer(self, call: Call) -> Reply:
         """Whole. An error is a reply too, never raised: Ray would wrap it in a traceback of its own, log it as a
         failure of ours, and take long over it."""
-        return self._refusal(call) or await self._answers.answer(call)
+        reply = self._refusal(call) or await self._answers.answer(call)
+        if len(reply.body) > _MOST_ANSWER_BYTES:
+            return error_reply(invalid("the answer is larger than 3 MiB: ask for less, or for a stream"))
+        return reply
 
-    async def stream(self, call: Call) -> AsyncIterator[Reply | bytes]:
+    async def stream(self, call: Call) -> AsyncIterator[Carried | Reply | bytes]:
         """Server-sent events; a Reply instead of them where the request is refused."""
         if refusal := self._refusal(call):
             yield refusal
             return
-        async with aclosing(self._answers.stream(call)) as pieces:
+        async with aclosing(self._carriers.send(call, self._answers.stream(call))) as pieces:
             async for piece in pieces:
                 yield piece
+
+    async def carry(self, router: str) -> AsyncIterator[Message]:
+        """What streams of this router say after their first piece, for as long as it is in use."""
+        async with aclosing(self._carriers.carry(router)) as messages:
+            async for message in messages:
+                yield message
 
     async def status(self) -> EngineHealth:
         if self._engine is None:
@@ -129,7 +148,12 @@ def make_engine(spec: ReplicaSpec) -> Engine:
         from serve_app.engine.vllm.options import VllmSettings
 
         kv_bytes = _kv_bytes(base, spec) if spec.device == "cpu" else None
-        settings = VllmSettings(**common, kv_bytes=kv_bytes)
+        settings = VllmSettings(
+            **common,
+            kv_bytes=kv_bytes,
+            reasoning_parser=spec.vllm.reasoning_parser,
+            structured_outputs_backend=spec.vllm.structured_outputs_backend,
+        )
         return VllmEngine(base, serving_map, spec.homes, bundle.load_home, settings)
     from serve_app.engine.transformers.engine import TransformersEngine
     from serve_app.engine.transformers.settings import EngineSettings
@@ -144,7 +168,7 @@ def make_answers(spec: ReplicaSpec, engine: Engine) -> Answers:
     from serve_app.replica.vllm_answers import VllmAnswers
 
     assert isinstance(engine, VllmEngine)
-    return VllmAnswers(engine)
+    return VllmAnswers(engine, spec.vllm)
 
 
 def _kv_bytes(base: Path, spec: ReplicaSpec) -> int:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
@@ -22,21 +22,24 @@ from cluster.bundle.serving_map import ServedAdapter
 from cluster.errors import HomeUnavailable
 from serve_app.engine.home_states import READY
 from serve_app.engine.protocol import EngineHealth
-from serve_app.openai.call import Call, Reply
+from serve_app.openai.call import Call, Carried, Reply
 from serve_app.openai.errors import overloaded
+from serve_app.routing.carrying import Carrying, carried
+from serve_app.routing.interruption import Interruption
 
 POLL_INTERVAL_S = 1.0
 # A busy replica on few cores may be slow to say how it is; its chunks count as signs of life too.
 SILENCE_S = 10.0
 
-T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
 
 
 class GroupClient:
     """``num_inflight`` sequences of this router run or wait in the group; never more than ``max_inflight``."""
 
-    def __init__(self, name: str, homes: Sequence[str], handle: DeploymentHandle[Any], max_inflight: int) -> None:
+    def __init__(
+        self, name: str, homes: Sequence[str], handle: DeploymentHandle[Any], max_inflight: int, router: str
+    ) -> None:
         self.name, self.homes, self.max_inflight = name, tuple(homes), max_inflight
         self.num_inflight = 0
         self.health = EngineHealth(alive=False)
@@ -44,12 +47,9 @@ class GroupClient:
         self._stream = handle.options(stream=True)
         self._reason = "starting"
         self._seen_at = time.monotonic()
-        self._gone = asyncio.Event()
-        self._gone.set()
-
-    @property
-    def alive(self) -> bool:
-        return not self._gone.is_set()
+        self._calls: set[Interruption] = set()
+        self.carrying = Carrying(name, lambda: self._stream.carry.remote(router), self._saw, self._lose_replica)
+        self.alive = False
 
     def home_state(self, home: str) -> str:
         """READY, or why the home cannot be asked."""
@@ -87,33 +87,48 @@ class GroupClient:
                 self._lose("no answer; it is starting, or being replaced")
         except Exception as error:  # whatever it is: a group that cannot be asked cannot be used
             logger.warning("%s: %s", self.name, error)
-            self._lose("its replica is lost, another is being started")
+            self._lose_replica()
         else:
             self._seen_at = time.monotonic()
             self.health = health
-            if health.alive:
-                self._gone.clear()
-            else:
-                self._reason = next(iter(health.homes.values()), "no engine is running")
-                self._gone.set()
+            self.alive = health.alive
+            if not health.alive:
+                self._end_calls(next(iter(health.homes.values()), "no engine is running"))
 
-    async def answer(self, call: Call, num_sequences: int) -> Reply:
-        """The whole answer, in one message. Raises ApiError (429) beyond ``max_inflight``, and HomeUnavailable when the
-        group is lost."""
+    async def answer(self, call: Call, num_sequences: int, deadline: float) -> Reply:
+        """The whole answer, in one message. Raises ApiError (429) beyond ``max_inflight``, HomeUnavailable when the
+        group is lost, and TimeoutError at ``deadline`` (the event loop's time)."""
         with self._admitted(num_sequences):
             response = self._handle.answer.remote(call)
-            async with self._unless_gone(response) as wait:
-                reply: Reply = await wait(_awaited(response))
+            with self._ending(response, deadline) as interruption:
+                reply: Reply = await interruption.wait(_awaited(response))
                 return reply
 
-    async def stream(self, call: Call, num_sequences: int) -> AsyncGenerator[Reply | bytes, None]:
+    async def stream(self, call: Call, num_sequences: int, deadline: float) -> AsyncGenerator[Reply | bytes, None]:
         """What the replica says, message by message. Closing it stops the replica. Raises as ``answer`` does."""
         with self._admitted(num_sequences):
             response = self._stream.stream.remote(call)
-            async with self._unless_gone(response) as wait:
-                while (piece := await wait(_next(response))) is not None:
-                    self._seen_at = time.monotonic()
+            with (
+                self._ending(response, deadline) as interruption,
+                self.carrying.expecting(call.answer_id) as queue,
+            ):
+                piece = await interruption.wait(_next(response))
+                if isinstance(piece, Carried):
+                    self._saw()
+                    yield piece.piece
+                    async with aclosing(carried(queue, response, interruption)) as pieces:
+                        async for own in pieces:
+                            yield own
+                    return
+                if isinstance(piece, bytes):
+                    self.carrying.want()
+                while piece is not None:
+                    self._saw()
                     yield piece
+                    piece = await interruption.wait(_next(response))
+
+    def _saw(self) -> None:
+        self._seen_at = time.monotonic()
 
     @contextmanager
     def _admitted(self, num_sequences: int) -> Iterator[None]:
@@ -127,48 +142,47 @@ class GroupClient:
         finally:
             self.num_inflight -= num_sequences
 
-    @asynccontextmanager
-    async def _unless_gone(self, response: Any) -> AsyncIterator[Callable[[Coroutine[Any, Any, T]], Awaitable[T]]]:
-        """How to wait for a part of ``response``; it is cancelled at the end. Raises HomeUnavailable as soon as the
+    @contextmanager
+    def _ending(self, response: Any, deadline: float) -> Iterator[Interruption]:
+        """How to wait for a part of ``response``, which is cancelled at the end. Raises HomeUnavailable as soon as the
         group is known to be gone."""
-        gone = asyncio.ensure_future(self._gone.wait())
-
-        async def wait(part: Coroutine[Any, Any, T]) -> T:
-            step = asyncio.ensure_future(part)
-            try:
-                await asyncio.wait({step, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not step.done():
-                    raise HomeUnavailable(f"{self.name}: {self._reason}")
-                return step.result()
-            finally:
-                step.cancel()
-
         try:
-            yield wait
+            with Interruption(deadline) as interruption:
+                self._calls.add(interruption)
+                try:
+                    yield interruption
+                finally:
+                    self._calls.discard(interruption)
         except RayTaskError:
             raise
         except (RayError, RayServeException) as error:
             logger.warning("%s: %s", self.name, error)
-            self._lose("its replica is lost, another is being started")
+            self._lose_replica()
             raise HomeUnavailable(f"{self.name}: {self._reason}") from None
         finally:
-            gone.cancel()
             # Serve cancels a child only when the whole HTTP request is.
             response.cancel()
 
+    def _lose_replica(self) -> None:
+        self._lose("its replica is lost, another is being started")
+
     def _lose(self, reason: str) -> None:
-        self._reason = reason
         self.health = EngineHealth(alive=False)
-        self._gone.set()
+        self.alive = False
+        self._end_calls(reason)
+
+    def _end_calls(self, reason: str) -> None:
+        self._reason = reason
+        for call in self._calls:
+            call.end(HomeUnavailable(f"{self.name}: {reason}"))
 
 
-async def _next(response: Any) -> Reply | bytes | None:
-    """None at the end: StopAsyncIteration cannot leave a task, and nobody waits for one we cancelled."""
+async def _next(response: Any) -> Any:
+    """None at the end, and where it was cancelled: nobody waits any more."""
     try:
-        piece: Reply | bytes = await anext(response)
+        return await anext(response)
     except (StopAsyncIteration, RequestCancelledError):
         return None
-    return piece
 
 
 async def _awaited(response: Any) -> Any:

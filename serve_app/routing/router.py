@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -26,9 +25,15 @@ from serve_app.openai.call import Call, Endpoint, read_envelope
 from serve_app.openai.errors import invalid, unknown_model
 from serve_app.routing.groups import GroupClient
 from serve_app.routing.map_loader import MapLoader
-from serve_app.routing.responses import Pieces, as_events, as_response
+from serve_app.routing.responses import as_events, as_response
 
 DEFAULT_PAGE, MAX_PAGE = 1000, 10_000
+_ID_PREFIXES: dict[Endpoint, str] = {
+    "completions": "cmpl",
+    "chat": "chatcmpl",
+    "tokenize": "tokenize",
+    "detokenize": "detokenize",
+}
 
 
 @dataclass(frozen=True)
@@ -42,20 +47,23 @@ class RouterSpec:
     max_prompts: int
     request_timeout_s: float
     sse_keep_alive_s: float
+    max_model_len: int
     adapter_chat_templates: bool = True
 
 
 class Router:
     def __init__(self, spec: RouterSpec, handles: Mapping[str, DeploymentHandle[Any]]) -> None:
-        self._spec = spec
+        self._spec, self._id = spec, uuid4().hex
         self._groups = {
-            name: GroupClient(name, homes, handles[name], spec.max_inflight) for name, homes in spec.homes.items()
+            name: GroupClient(name, homes, handles[name], spec.max_inflight, self._id)
+            for name, homes in spec.homes.items()
         }
         self._group_of = {home: group for group in self._groups.values() for home in group.homes}
         self._map = MapLoader(spec.bundle, spec.revision, spec.adapter_chat_templates)
         # Held, because the event loop itself holds its tasks only weakly.
-        watches = [group.watch() for group in self._groups.values()]
-        self._tasks = [asyncio.create_task(work) for work in (self._map.load(), *watches)]
+        works = [self._map.load()]
+        works += [work for group in self._groups.values() for work in (group.watch(), group.carrying.run())]
+        self._tasks = [asyncio.create_task(work) for work in works]
 
     async def answer(self, endpoint: Endpoint, body: bytes) -> Response:
         """A completion or a chat, whole or as a stream: made by a replica, passed on here."""
@@ -69,15 +77,14 @@ class Router:
                 "n" if asked.num_prompts == 1 else "prompt",
             )
         served = adapter.served if adapter else self._map.get().base_fingerprint
-        answer_id = f"{'chatcmpl' if endpoint == 'chat' else 'cmpl'}-{uuid4().hex}"
-        call = Call(endpoint, body, answer_id, adapter.adapter_id if adapter else None, served)
+        answer_id = f"{_ID_PREFIXES[endpoint]}-{uuid4().hex}"
+        call = Call(endpoint, body, answer_id, adapter.adapter_id if adapter else None, served, self._id)
         headers = {"X-Served-Revision": served, "X-Cluster": _cluster_header(adapter)}
         deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
         if asked.stream:
-            pieces = _until(deadline, group.stream(call, asked.num_sequences))
+            pieces = group.stream(call, asked.num_sequences, deadline)
             return await as_events(pieces, headers, self._spec.sse_keep_alive_s)
-        async with asyncio.timeout_at(deadline):
-            return as_response(await group.answer(call, asked.num_sequences), headers)
+        return as_response(await group.answer(call, asked.num_sequences, deadline), headers)
 
     def list_models(self, query: Mapping[str, str]) -> ModelPage:
         """The page that ``limit`` and ``after`` ask for."""
@@ -92,13 +99,13 @@ class Router:
         return ModelPage(object="list", data=cards, first_id=first, last_id=last, has_more=has_more)
 
     def card(self, model_id: str) -> ModelCard:
-        loaded, adapter = self._map.get(), self._find(model_id)
+        loaded, adapter, longest = self._map.get(), self._find(model_id), self._spec.max_model_len
         if adapter is None:
             alive = any(group.alive for group in self._groups.values())
-            return base_card(
-                model_id, loaded.base_fingerprint, loaded.loaded_at, READY if alive else "no group is alive"
-            )
-        return adapter_card(adapter, loaded.loaded_at, self._group_of[adapter.home].adapter_state(adapter))
+            status = READY if alive else "no group is alive"
+            return base_card(model_id, loaded.base_fingerprint, loaded.loaded_at, longest, status)
+        status = self._group_of[adapter.home].adapter_state(adapter)
+        return adapter_card(adapter, loaded.loaded_at, longest, status)
 
     def readiness(self, strict: bool) -> tuple[bool, dict[str, Any]]:
         """Ready when a map is loaded and a home (or, in a bundle without any, the base) serves; ``strict``: when
@@ -132,18 +139,6 @@ class Router:
             group = min(self._groups.values(), key=lambda group: (not group.alive, group.num_inflight))
         group.check(adapter)
         return group
-
-
-async def _until(deadline: float, pieces: Pieces) -> Pieces:
-    """The same elements. Raises TimeoutError when one is not there at ``deadline`` (the event loop's time)."""
-    async with aclosing(pieces):
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    piece = await anext(pieces)
-            except StopAsyncIteration:
-                return
-            yield piece
 
 
 def _cluster_header(adapter: ServedAdapter | None) -> str:
