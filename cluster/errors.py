@@ -9,7 +9,7 @@
         BundleError             a manifest or an object is not what it should be
         PlacementError          the bundle does not fit the devices
         UnknownAdapter          no such adapter in the serving map
-        RequestError            a generation request that cannot be answered       .param
+        RequestError            a generation request that cannot be answered       .param .code
       StoreError                the object store
         StoreMissing            no such bucket, folder or object
         StoreForbidden          credentials are missing, wrong, or not allowed
@@ -84,12 +84,12 @@ class UnknownAdapter(InputError):
 
 
 class RequestError(InputError):
-    """A generation request that cannot be answered. ``param`` names the offending field, where there is one."""
+    """A generation request that cannot be answered. ``param`` names the offending field, where there is one, and
+    ``code`` OpenAI's name for what is wrong with it."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message, param)
-        self.message = message
-        self.param = param
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param, code)
+        self.message, self.param, self.code = message, param, code
 
     def __str__(self) -> str:
         return self.message

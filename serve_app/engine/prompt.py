@@ -14,6 +14,8 @@ from cluster.errors import RequestError
 from serve_app.engine.protocol import GenerationRequest
 from serve_app.engine.template_process import TemplateProcess
 
+TOO_LONG = "context_length_exceeded"
+
 
 @dataclass(frozen=True)
 class PromptReader:
@@ -61,6 +63,7 @@ class PromptReader:
                 f"the {param} has {len(token_ids)} tokens, the context holds {self.max_model_len} with the answer; "
                 "shorten it",
                 param,
+                TOO_LONG,
             )
         max_tokens = room if request.max_tokens is None else request.max_tokens
         if max_tokens > room:
@@ -69,6 +72,7 @@ class PromptReader:
                 f"{len(token_ids) + max_tokens}, but the context holds {self.max_model_len}; "
                 f"ask for {room} tokens at most",
                 "max_tokens",
+                TOO_LONG,
             )
         if request.min_tokens > max_tokens:
             raise RequestError(f"min_tokens is {request.min_tokens}, but at most {max_tokens} tokens fit", "min_tokens")

@@ -28,7 +28,8 @@ class GenerationRequest:
     token id -> what is added to its logit. A token of ``stop_token_ids`` ends the answer, and has no text. How logits
     become a token, and in which order: ``serve_app/engine/transformers/sampling.py``; vLLM does the same. ``logprobs``:
     how many of the most probable tokens are told at each step, None: not even the chosen one. ``echo``: the answer
-    begins with the prompt's text. (The vLLM engine does neither here: there vLLM's own serving classes answer.)
+    begins with the prompt's text. ``json_schema``: the answer is JSON that it allows. (The vLLM engine does none of
+    these three here: there vLLM's own serving classes answer.)
     """
 
     request_id: str
@@ -50,6 +51,7 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     echo: bool = False
+    json_schema: str | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
 

@@ -57,7 +57,7 @@ def timed_out(message: str) -> ApiError:
 
 
 def unknown_model(model: str) -> ApiError:
-    message = f"The model {model!r} does not exist; GET /v1/models lists those that do"
+    message = f"The model {model[:100]!r} does not exist; GET /v1/models lists those that do"
     return ApiError(404, message, kind="invalid_request_error", param="model", code="model_not_found")
 
 
@@ -72,7 +72,7 @@ def as_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case RequestError():
-            return invalid(error.message, error.param)
+            return invalid(error.message, error.param, error.code)
         case UnknownAdapter():
             return ApiError(404, str(error), kind="invalid_request_error", param="model", code="model_not_found")
         case HomeUnavailable() | EngineStopped():

@@ -17,16 +17,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from serve_app.engine.protocol import GenerationRequest
 from serve_app.openai.call import read_object
 from serve_app.openai.errors import ApiError, invalid
+from serve_app.openai.schema_bounds import check_schema
 
 # What vLLM's sampler has room for on a GPU; one more would end the engine.
 MOST_BIASED, MOST_STOP_TOKENS = 1024, 64
+# Each is looked for at each token, in the process that answers everybody.
+MOST_STOPS, MOST_STOP_CHARACTERS = 64, 4096
 MAX_LOGPROBS = 20  # OpenAI's limit of chats, and vLLM's
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on to the context's end
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI
     "suffix": (),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -38,7 +40,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
+    "moderation": (),
     # vLLM
+    "echo": (False,),  # of chats; completions have it
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "bad_words": ([],),
@@ -64,6 +68,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "kv_transfer_params": (),
+    "ec_transfer_params": (),
+    "cache_salt": (),
+    "request_id": (),
+    "session_id": (),
+    "prompt_embeds": (),
+    "vllm_xargs": (),
+    "media_io_kwargs": (),
+    "mm_processor_kwargs": (),
+    "mm_payload": ("tensors",),
+    "return_mm_kwargs": (True,),
+    "return_token_offsets": (False,),
+    "return_prompt_text": (False,),
+    "routed_experts_prompt_start": (0,),
+    "add_special_tokens": (),
+    "include_reasoning": (True, False),
+    "logprob_token_ids": (),
+    "repetition_detection": (),
+    "stream_interval": (1,),
+    "thinking_token_budget": (),
+    "truncation_side": ("left", "right"),
+    "watermarking": (False,),
 }
 """Field -> its values, besides null, that ask for nothing this server does not do anyway."""
 SAYS_NOTHING: dict[str, type] = {
@@ -71,6 +96,7 @@ SAYS_NOTHING: dict[str, type] = {
     "safety_identifier": str,
     "prompt_cache_key": str,
     "prompt_cache_retention": str,
+    "prompt_cache_options": dict,
     "service_tier": str,
     "metadata": dict,
     "store": bool,
@@ -105,6 +131,27 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
+class NamedSchema(_Strict):
+    """``strict`` and ``description`` change nothing: an answer is always held to the schema."""
+
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @property
+    def schema_text(self) -> str | None:
+        """None where any text will do."""
+        if self.type == "text":
+            return None
+        return json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
+
+
 class GenerationFields(_Strict):
     """What both endpoints honour."""
 
@@ -131,11 +178,12 @@ class GenerationFields(_Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
 
     NULL_IS_DEFAULT: ClassVar[tuple[str, ...]] = (
         *("min_tokens", "ignore_eos", "temperature", "top_p", "stop", "stream", "max_tokens", "seed"),
         *("stream_options", "max_completion_tokens", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
-        *("repetition_penalty", "logit_bias", "stop_token_ids", "n", "best_of"),
+        *("repetition_penalty", "logit_bias", "stop_token_ids", "n", "best_of", "response_format"),
     )
 
     @field_validator("stop", mode="before")
@@ -144,6 +192,8 @@ class GenerationFields(_Strict):
         stops = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else None
         if stops is None or not all(isinstance(stop, str) and stop for stop in stops):
             raise ValueError("expected a non-empty string, or a list of them")
+        if len(stops) > MOST_STOPS or sum(map(len, stops)) > MOST_STOP_CHARACTERS:
+            raise ValueError(f"expected at most {MOST_STOPS} with {MOST_STOP_CHARACTERS} characters together")
         return stops
 
     @field_validator("stop_token_ids", mode="before")
@@ -192,6 +242,7 @@ class GenerationFields(_Strict):
             "logit_bias": tuple((int(token), float(bias)) for token, bias in self.logit_bias.items()),
             "stop_token_ids": self.stop_token_ids,
             "logprobs": self.told_logprobs,
+            "json_schema": self.response_format.schema_text if self.response_format else None,
             "stop": self.stop,
         }
 
@@ -364,6 +415,7 @@ def check_says_nothing(name: str, value: Any) -> None:
 
 
 def unknown_field(name: str) -> ApiError:
+    name = name[:100]
     return invalid(f"Unknown field {name!r}: this server does not know what it asks for", name, "unknown_field")
 
 
@@ -410,5 +462,15 @@ def _check_together(request: GenerationFields) -> None:
         raise invalid("top_logprobs is only allowed when logprobs is true", "top_logprobs")
     if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
         raise invalid("echo with logprobs: the transformers engine tells none of a prompt; engine=vllm does", "echo")
+    wanted = request.response_format
+    if wanted is not None and (wanted.type == "json_schema") != (wanted.json_schema is not None):
+        raise invalid(
+            "response_format has a json_schema where its type is json_schema, and only there", "response_format"
+        )
+    if wanted is not None and wanted.schema_text is not None:
+        if request.min_tokens or request.ignore_eos:
+            name = "min_tokens" if request.min_tokens else "ignore_eos"
+            raise invalid(f"response_format ends an answer where it is whole: not with {name}", name)
+        check_schema(wanted.model_dump(by_alias=True), "response_format")
     if request.max_new_tokens is not None and request.min_tokens > request.max_new_tokens:
         raise invalid(f"min_tokens is {request.min_tokens}, above max_tokens {request.max_new_tokens}", "min_tokens")

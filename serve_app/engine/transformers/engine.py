@@ -23,6 +23,7 @@ from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationR
 from serve_app.engine.transformers.adapted_linear import AdaptedLinears
 from serve_app.engine.transformers.base_model import BaseModel, load_base
 from serve_app.engine.transformers.generation import Answer, Generation
+from serve_app.engine.transformers.grammar import Grammars
 from serve_app.engine.transformers.loop import EngineLoop
 from serve_app.engine.transformers.settings import DTYPES, EngineSettings
 
@@ -59,6 +60,7 @@ class TransformersEngine:
         """Raises BaseModelError or ConfigError when the base cannot be served; a home that fails is recorded."""
         base = await asyncio.to_thread(self._load_base)
         self._reader = PromptReader(base.tokenizer, base.vocab_size, self._settings.max_model_len)
+        self._grammars = Grammars(base.tokenizer, base.eos_ids)
         self._linears = AdaptedLinears(base.model)
         states = HomeStates(self._first_homes, self._serving_map)
         self._loop = EngineLoop(base, self._serving_map.base_name, self._linears, states, self._settings)
@@ -76,6 +78,8 @@ class TransformersEngine:
             request = replace(request, stop_token_ids=(*request.stop_token_ids, *special))
         template = served.chat_template if served else None
         prompt_ids, max_tokens = await self._reader.read_aside(request, template)
+        schema = request.json_schema
+        grammar = None if schema is None else await self._grammars.make_aside(schema)
         event_loop, answers = asyncio.get_running_loop(), asyncio.Queue[Answer]()
 
         def deliver(answer: Answer) -> None:
@@ -84,7 +88,7 @@ class TransformersEngine:
             except RuntimeError:  # the event loop was closed: nobody is left to read
                 generation.cancelled = True
 
-        generation = Generation(request, served, prompt_ids, max_tokens, self._reader.tokenizer, deliver)
+        generation = Generation(request, served, prompt_ids, max_tokens, self._reader.tokenizer, deliver, grammar)
         self._running().submit(generation)
         try:
             while True:
@@ -122,6 +126,7 @@ class TransformersEngine:
         """Requests still running or waiting get EngineStopped."""
         if self._loop is not None and self._loop.ask_to_stop():
             await asyncio.to_thread(self._reader.close)
+            self._grammars.close()
             await asyncio.to_thread(self._loop.join)
 
     async def _change(self, home: str, loaded: LoadedHome | None, meanwhile: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cluster.bundle.serving_map import ServedAdapter
 from serve_app.engine.protocol import GenerationChunk, GenerationRequest, TokenLogprobs
+from serve_app.engine.transformers.grammar import Grammar
 from serve_app.engine.transformers.sampling import Sampling
 from serve_app.engine.transformers.text_stream import TextStream
 
@@ -27,6 +28,7 @@ class Generation:
         max_tokens: int,
         tokenizer: Any,
         deliver: Callable[[Answer], None],
+        grammar: Grammar | None = None,
     ) -> None:
         self.request = request
         self.served = served
@@ -36,6 +38,7 @@ class Generation:
         self.output_ids: list[int] = []
         self.cancelled = False
         self.deliver = deliver
+        self.grammar = grammar
         seed = secrets.randbits(64) if request.seed is None else request.seed
         self.sampling = Sampling(request.temperature, request.top_p, seed, request.top_k, request.min_p)
         self._max_tokens = max_tokens
@@ -55,11 +58,15 @@ class Generation:
         """Take the next token. One that ends the answer counts, but has no text. ``log_probs`` (V,) if asked for."""
         self.output_ids.append(token)
         text, finish_reason = "", None
+        if self.grammar is not None:
+            self.grammar.accept(token)
         if token in self.request.stop_token_ids or (token in eos_ids and not self.request.ignore_eos):
             text, finish_reason = self._text.finish(), "stop"
         else:
             text = self._text.push(token)
-            if not self._text.stopped and len(self.output_ids) == self._max_tokens:
+            if self.grammar is not None and self.grammar.is_over and not self._text.stopped:
+                text, finish_reason = text + self._text.finish(), "stop"
+            if finish_reason is None and not self._text.stopped and len(self.output_ids) == self._max_tokens:
                 text, finish_reason = text + self._text.finish(), "length"
             if self._text.stopped:
                 finish_reason = "stop"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cluster.bundle.reading import LoadedHome
 from cluster.bundle.serving_map import ServedAdapter
-from cluster.errors import EngineStopped, ServeError
+from cluster.errors import EngineStopped, RequestError, ServeError
 from serve_app.engine.home_states import READY, HomeStates
 from serve_app.engine.protocol import EngineHealth
 from serve_app.engine.transformers.adapted_linear import AdaptedLinears
@@ -213,6 +213,8 @@ class EngineLoop:
         ]
         for row, generation in enumerate(generations):
             adjust(logits[row], generation.request, generation.prompt_ids, generation.output_ids)
+            if generation.grammar is not None:
+                generation.grammar.restrict(logits[row])
             if not generation.may_end:
                 logits[row, [*self._eos_columns, *generation.request.stop_token_ids]] = -torch.inf
         samplings = [generation.sampling for generation in generations]
@@ -240,6 +242,8 @@ class EngineLoop:
             )
         try:
             return generation.accept(token, self._eos_ids, log_probs)
+        except RequestError as error:
+            return error
         except Exception as error:
             logger.exception("request %s failed", generation.request.request_id)
             return ServeError(f"request {generation.request.request_id}: {type(error).__name__}: {error}")
