@@ -22,7 +22,7 @@ from cluster.bundle.manifest import Manifest
 from cluster.bundle.reading import Bundle
 from cluster.errors import ConfigError
 from cluster.store.address import open_store
-from serve_app.arguments import Arguments, parse_arguments
+from serve_app.arguments import Arguments, VllmArguments, parse_arguments
 from serve_app.engine.vllm.plugin.compatibility import NOT_INSTALLED, vllm_version
 from serve_app.http.routes import BodyLimits, make_api
 from serve_app.placement import Group, check_fit, count_needs, home_sizes, plan_groups
@@ -50,6 +50,8 @@ def build(args: dict[str, Any]) -> Application:
     dtype = arguments.dtype if arguments.dtype != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device]
     groups = plan(arguments, bundle.manifest, base, device, dtype)
     engine = choose_engine(arguments.engine)
+    if engine != "vllm" and arguments.vllm != VllmArguments():
+        raise ConfigError(f"arguments vllm.* are of the engine vllm, and the engine is {engine}; leave them out")
     specs = [replica_spec(arguments, bundle, base, group, engine, device, dtype) for group in groups]
     handles = {
         spec.name: replica_deployment(arguments, spec, group.replicas).bind(spec)
@@ -64,6 +66,7 @@ def build(args: dict[str, Any]) -> Application:
         max_prompts=limits.max_prompts,
         request_timeout_s=limits.request_timeout_s,
         sse_keep_alive_s=arguments.http.sse_keep_alive_s,
+        max_model_len=limits.max_model_len,
         adapter_chat_templates=arguments.adapter_chat_templates,
     )
     origins = arguments.http.allowed_origins
@@ -113,6 +116,7 @@ def replica_spec(
         max_model_len=arguments.limits.max_model_len,
         num_threads=max(1, int(arguments.placement.num_cpus)),
         adapter_chat_templates=arguments.adapter_chat_templates,
+        vllm=arguments.vllm,
     )
 
 

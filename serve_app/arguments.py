@@ -7,109 +7,23 @@ that is not what the key expects, is a ConfigError that names it.
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from cluster.errors import ConfigError
-from cluster.units import parse_size
+from serve_app.argument_values import Parser, at_most, auto_or, one_of, origins, positive, size, text, whole, yes_or_no
 
 ENGINES = ("auto", "transformers", "vllm")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+STRUCTURED_OUTPUTS = ("auto", "xgrammar", "guidance", "outlines", "lm-format-enforcer")
 
 # What Serve sends from a router to a replica is one message, of 4 MiB at most.
 MOST_BODY_BYTES = 3 << 20
 
 Auto = Literal["auto"]
-Parser = Callable[[Any], Any]
 T = TypeVar("T")
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("a non-empty string")
-    return value.strip()
-
-
-def _one_of(*names: str) -> Parser:
-    def parse(value: Any) -> str:
-        if value not in names:
-            raise ValueError("one of " + ", ".join(names))
-        return str(value)
-
-    return parse
-
-
-def _whole(minimum: int) -> Parser:
-    def parse(value: Any) -> int:
-        if isinstance(value, str) and re.fullmatch(r"\d+", value.strip()):
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ValueError(f"a whole number of at least {minimum}")
-        return value
-
-    return parse
-
-
-def _yes_or_no(value: Any) -> bool:
-    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
-        return value.strip().lower() == "true"
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _positive(value: Any) -> float:
-    try:
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError("a number above 0")
-    return number
-
-
-def _origins(value: Any) -> tuple[str, ...]:
-    """A list, or its items with commas between them, as a command line has it."""
-    items = value.split(",") if isinstance(value, str) else value
-    expected = "origins such as https://app.example.org, a list or with commas between them, or *"
-    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
-        raise ValueError(expected)
-    origins = tuple(item.strip() for item in items)
-    if not all(re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin) for origin in origins):
-        raise ValueError(expected)
-    return origins
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, bool):
-        raise ValueError("a size such as 80GiB, or a number of bytes")
-    return parse_size(str(value))
-
-
-def _at_most(most: int, parse: Parser) -> Parser:
-    def parse_bounded(value: Any) -> Any:
-        number = parse(value)
-        if not 0 < number <= most:
-            raise ValueError(f"above 0 and at most {most}")
-        return number
-
-    return parse_bounded
-
-
-def _auto_or(parse: Parser) -> Parser:
-    def parse_or_auto(value: Any) -> Any:
-        if value == "auto":
-            return value
-        try:
-            return parse(value)
-        except ValueError as error:
-            raise ValueError(f"auto, or {error}") from None
-
-    return parse_or_auto
 
 
 @dataclass(frozen=True)
@@ -120,11 +34,11 @@ class PlacementArguments:
     are of each group, ``device_memory`` is bytes of one device.
     """
 
-    clusters_per_group: Annotated[int | Auto, _auto_or(_whole(1))] = "auto"
-    devices: Annotated[int | Auto, _auto_or(_whole(1))] = "auto"
-    replicas: Annotated[int, _whole(1)] = 1
-    num_cpus: Annotated[float, _positive] = 1.0
-    device_memory: Annotated[int | Auto, _auto_or(_size)] = "auto"
+    clusters_per_group: Annotated[int | Auto, auto_or(whole(1))] = "auto"
+    devices: Annotated[int | Auto, auto_or(whole(1))] = "auto"
+    replicas: Annotated[int, whole(1)] = 1
+    num_cpus: Annotated[float, positive] = 1.0
+    device_memory: Annotated[int | Auto, auto_or(size)] = "auto"
 
 
 @dataclass(frozen=True)
@@ -134,12 +48,12 @@ class LimitArguments:
     sequences is refused, and so is a body above ``max_body`` bytes; one that takes longer than ``request_timeout_s`` is
     given up (504)."""
 
-    max_batch: Annotated[int, _whole(1)] = 32
-    max_model_len: Annotated[int, _whole(2)] = 2048
-    max_inflight: Annotated[int, _whole(1)] = 256
-    max_prompts: Annotated[int, _whole(1)] = 64
-    max_body: Annotated[int, _at_most(MOST_BODY_BYTES, _size)] = MOST_BODY_BYTES
-    request_timeout_s: Annotated[float, _positive] = 300.0
+    max_batch: Annotated[int, whole(1)] = 32
+    max_model_len: Annotated[int, whole(2)] = 2048
+    max_inflight: Annotated[int, whole(1)] = 256
+    max_prompts: Annotated[int, whole(1)] = 64
+    max_body: Annotated[int, at_most(MOST_BODY_BYTES, size)] = MOST_BODY_BYTES
+    request_timeout_s: Annotated[float, positive] = 300.0
 
 
 @dataclass(frozen=True)
@@ -148,9 +62,20 @@ class HttpArguments:
     comment every ``sse_keep_alive_s`` seconds, so that nothing on the way thinks it dead. ``allowed_origins``: whose
     pages a browser lets read answers (CORS)."""
 
-    receive_timeout_s: Annotated[float, _positive] = 30.0
-    sse_keep_alive_s: Annotated[float, _positive] = 15.0
-    allowed_origins: Annotated[tuple[str, ...], _origins] = ()
+    receive_timeout_s: Annotated[float, positive] = 30.0
+    sse_keep_alive_s: Annotated[float, positive] = 15.0
+    allowed_origins: Annotated[tuple[str, ...], origins] = ()
+
+
+@dataclass(frozen=True)
+class VllmArguments:
+    """Of the vLLM engine alone, by the names of vLLM's server and with its meanings."""
+
+    tool_call_parser: Annotated[str | None, text] = None
+    enable_auto_tool_choice: Annotated[bool, yes_or_no] = False
+    reasoning_parser: Annotated[str | None, text] = None
+    chat_template: Annotated[str | None, text] = None
+    structured_outputs_backend: Annotated[str, one_of(*STRUCTURED_OUTPUTS)] = "auto"
 
 
 @dataclass(frozen=True)
@@ -159,22 +84,26 @@ class Arguments:
     ``adapter_chat_templates``: chats of an adapter that brought a template go through that, else through the base's.
     ``routers`` share what a group admits: each has its part of ``limits.max_inflight``."""
 
-    bundle: Annotated[str, _text]
-    base: Annotated[str, _text]
-    revision: Annotated[int | None, _whole(0)] = None
-    engine: Annotated[str, _one_of(*ENGINES)] = "auto"
-    device: Annotated[str, _one_of(*DEVICES)] = "auto"
-    dtype: Annotated[str, _one_of(*DTYPES)] = "auto"
-    adapter_chat_templates: Annotated[bool, _yes_or_no] = True
-    routers: Annotated[int, _whole(1)] = 1
+    bundle: Annotated[str, text]
+    base: Annotated[str, text]
+    revision: Annotated[int | None, whole(0)] = None
+    engine: Annotated[str, one_of(*ENGINES)] = "auto"
+    device: Annotated[str, one_of(*DEVICES)] = "auto"
+    dtype: Annotated[str, one_of(*DTYPES)] = "auto"
+    adapter_chat_templates: Annotated[bool, yes_or_no] = True
+    routers: Annotated[int, whole(1)] = 1
     placement: PlacementArguments = field(default_factory=PlacementArguments)
     limits: LimitArguments = field(default_factory=LimitArguments)
     http: HttpArguments = field(default_factory=HttpArguments)
+    vllm: VllmArguments = field(default_factory=VllmArguments)
 
     @property
     def inflight_of_a_router(self) -> int:
         """Sequences of one group."""
         return self.limits.max_inflight // self.routers
+
+
+NESTED = {"placement": PlacementArguments, "limits": LimitArguments, "http": HttpArguments, "vllm": VllmArguments}
 
 
 def parse_arguments(document: Mapping[str, Any]) -> Arguments:
@@ -183,7 +112,8 @@ def parse_arguments(document: Mapping[str, Any]) -> Arguments:
     placement = _take(PlacementArguments, "placement.", left)
     limits = _take(LimitArguments, "limits.", left)
     http = _take(HttpArguments, "http.", left)
-    arguments = _take(Arguments, "", left, placement=placement, limits=limits, http=http)
+    vllm = _take(VllmArguments, "vllm.", left)
+    arguments = _take(Arguments, "", left, placement=placement, limits=limits, http=http, vllm=vllm)
     if left:
         raise ConfigError(f"unknown argument {sorted(left)[0]!r}; known are {', '.join(known_keys())}")
     if limits.max_prompts > arguments.inflight_of_a_router:
@@ -192,13 +122,14 @@ def parse_arguments(document: Mapping[str, Any]) -> Arguments:
             f"limits.max_prompts is {limits.max_prompts}, more than limits.max_inflight {limits.max_inflight}{shared}: "
             "such a request could never be admitted; lower the first or raise the second"
         )
+    if vllm.enable_auto_tool_choice and vllm.tool_call_parser is None:
+        raise ConfigError("argument vllm.enable_auto_tool_choice is true, which needs vllm.tool_call_parser")
     return arguments
 
 
 def known_keys() -> list[str]:
     """Every key in its flat form."""
-    nested = {"placement": PlacementArguments, "limits": LimitArguments, "http": HttpArguments}
-    return [*_parsers(Arguments), *(f"{group}.{name}" for group, kind in nested.items() for name in _parsers(kind))]
+    return [*_parsers(Arguments), *(f"{group}.{name}" for group, kind in NESTED.items() for name in _parsers(kind))]
 
 
 def _parsers(kind: type) -> dict[str, Parser]:
@@ -210,7 +141,7 @@ def _parsers(kind: type) -> dict[str, Parser]:
 def _flatten(document: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in document.items():
-        group = key in ("placement", "limits", "http")
+        group = key in NESTED
         if group and not isinstance(value, Mapping) and value is not None:
             raise ConfigError(f"argument {key} is {value!r}, expected a mapping, or {key}.<option>=<value>")
         items = {f"{key}.{name}": option for name, option in (value or {}).items()} if group else {key: value}

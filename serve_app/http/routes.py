@@ -34,6 +34,8 @@ def make_api(limits: BodyLimits, allowed_origins: Sequence[str] = ()) -> FastAPI
     api.state.limits = limits
     api.post("/v1/completions")(completions)
     api.post("/v1/chat/completions")(chat_completions)
+    api.post("/tokenize")(tokenize)
+    api.post("/detokenize")(detokenize)
     for path, answer in (
         ("/v1/models", list_models),
         ("/v1/models/{model_id:path}", retrieve_model),
@@ -70,6 +72,14 @@ async def completions(request: Request) -> Response:
 
 async def chat_completions(request: Request) -> Response:
     return await router().answer("chat", await read_body(request))
+
+
+async def tokenize(request: Request) -> Response:
+    return await router().answer("tokenize", await read_body(request))
+
+
+async def detokenize(request: Request) -> Response:
+    return await router().answer("detokenize", await read_body(request))
 
 
 async def read_body(request: Request) -> bytes:

@@ -51,12 +51,13 @@ class Answer(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """``mode`` is core, truncated, raw or base; the fields from ``cluster`` on are this server's own."""
+    """``mode`` is core, truncated, raw or base. OpenAI has no fields from ``max_model_len`` on, vLLM has that."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: int
     cluster: str | None
     mode: str
     version: str
@@ -185,12 +186,13 @@ def _token(text: str, logprob: float) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-def adapter_card(adapter: ServedAdapter, created: int, status: str) -> ModelCard:
+def adapter_card(adapter: ServedAdapter, created: int, max_model_len: int, status: str) -> ModelCard:
     return ModelCard(
         id=adapter.adapter_id,
         object="model",
         created=created,
         owned_by="compress-then-serve",
+        max_model_len=max_model_len,
         cluster=adapter.cluster,
         mode=adapter.mode,
         version=adapter.version,
@@ -202,13 +204,14 @@ def adapter_card(adapter: ServedAdapter, created: int, status: str) -> ModelCard
     )
 
 
-def base_card(name: str, fingerprint: str, created: int, status: str) -> ModelCard:
+def base_card(name: str, fingerprint: str, created: int, max_model_len: int, status: str) -> ModelCard:
     """The base is its own version, and is served as it is: without error."""
     return ModelCard(
         id=name,
         object="model",
         created=created,
         owned_by="compress-then-serve",
+        max_model_len=max_model_len,
         cluster=None,
         mode="base",
         version=fingerprint,

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar, cast
 from serve_app.engine.protocol import Engine, GenerationChunk
 from serve_app.openai.answers import Answer, Answering
 from serve_app.openai.call import Call, Endpoint, Reply, error_reply
-from serve_app.openai.errors import as_api_error
+from serve_app.openai.errors import as_api_error, invalid
 from serve_app.openai.requests import ChatRequest, CompletionRequest, GenerationFields, parse_request
 
 T = TypeVar("T")
@@ -80,6 +80,9 @@ class EngineAnswers:
             yield b"".join(map(_event, answering.closing())) + _DONE
 
     def _begin(self, call: Call) -> tuple[Answering, IndexedChunks]:
+        if call.endpoint not in _KINDS:
+            told = f"POST /{call.endpoint} is answered by the vLLM engine alone (engine=vllm)"
+            raise invalid(told, code="unsupported_value")
         request = parse_request(_KINDS[call.endpoint], call.body)
         sequences = request.generations(call.answer_id, call.adapter)
         answering = Answering(

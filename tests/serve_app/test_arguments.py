@@ -14,6 +14,7 @@ from serve_app.arguments import (
     HttpArguments,
     LimitArguments,
     PlacementArguments,
+    VllmArguments,
     known_keys,
     parse_arguments,
 )
@@ -32,6 +33,8 @@ def test_strings_of_a_command_line_mean_what_the_yaml_of_a_config_file_means() -
         "limits.max_batch": "16",
         "limits.request_timeout_s": "2.5",
         "http.allowed_origins": "https://a.org, http://b.org:8080",
+        "vllm.tool_call_parser": "hermes",
+        "vllm.enable_auto_tool_choice": "true",
     }
     nested = {
         "revision": 3,
@@ -39,6 +42,7 @@ def test_strings_of_a_command_line_mean_what_the_yaml_of_a_config_file_means() -
         "placement": {"clusters_per_group": 2, "num_cpus": 0.5, "device_memory": 80 * 2**30},
         "limits": {"max_batch": 16, "request_timeout_s": 2.5},
         "http": {"allowed_origins": ["https://a.org", "http://b.org:8080"]},
+        "vllm": {"tool_call_parser": "hermes", "enable_auto_tool_choice": True},
     }
     expected = Arguments(
         "out",
@@ -48,6 +52,7 @@ def test_strings_of_a_command_line_mean_what_the_yaml_of_a_config_file_means() -
         placement=PlacementArguments(clusters_per_group=2, num_cpus=0.5, device_memory=85899345920),
         limits=LimitArguments(max_batch=16, request_timeout_s=2.5),
         http=HttpArguments(allowed_origins=("https://a.org", "http://b.org:8080")),
+        vllm=VllmArguments(tool_call_parser="hermes", enable_auto_tool_choice=True),
     )
     assert parse_arguments(NEEDED | flat) == parse_arguments(NEEDED | nested) == expected
 
@@ -96,6 +101,9 @@ def test_an_unknown_key_is_refused_by_name_beside_the_known_ones(args: dict[str,
         ("http.allowed_origins", "a.org"),
         ("http.allowed_origins", ["https://a.org/path"]),
         ("http.allowed_origins", 3),
+        ("vllm.tool_call_parser", ""),
+        ("vllm.enable_auto_tool_choice", "perhaps"),
+        ("vllm.structured_outputs_backend", "lmfe"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_key_and_what_was_seen(key: str, value: Any) -> None:
@@ -109,6 +117,11 @@ def test_a_wrong_value_is_refused_with_its_key_and_what_was_seen(key: str, value
 def test_a_missing_key_is_named(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         parse_arguments({name: value for name, value in NEEDED.items() if name != key})
+
+
+def test_tool_calls_cannot_be_chosen_without_who_takes_them_apart() -> None:
+    with pytest.raises(ConfigError, match=r"vllm\.enable_auto_tool_choice is true, which needs vllm\.tool_call_parser"):
+        parse_arguments(NEEDED | {"vllm": {"enable_auto_tool_choice": True}})
 
 
 def test_an_option_given_nested_and_flat_is_refused() -> None:
@@ -134,6 +147,6 @@ def test_the_shipped_serve_config_is_valid_for_ray_and_for_us() -> None:
     arguments = parse_arguments(application.args)
     # It teaches every default, and the file says the same as the code.
     assert arguments == Arguments(arguments.bundle, arguments.base)
-    groups = ("placement", "limits", "http")
+    groups = ("placement", "limits", "http", "vllm")
     flat = set(application.args) | {f"{group}.{key}" for group in groups for key in application.args[group]}
     assert set(known_keys()) - flat == {"revision"}

@@ -229,6 +229,7 @@ class VllmEngine:
         parent.announce()
         from transformers import AutoTokenizer
         from vllm import AsyncEngineArgs
+        from vllm.config import StructuredOutputsConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
         if not self._base_path.is_dir():
@@ -236,6 +237,8 @@ class VllmEngine:
         weights = {home: own.weights for home, own in loaded.items()}
         options = home_options(weights, self._first_homes, self._serving_map, settings) if weights else {}
         tokenizer = AutoTokenizer.from_pretrained(self._base_path, local_files_only=True, trust_remote_code=False)
+        if backend := shared.pop("structured_outputs_backend", None):
+            shared["structured_outputs_config"] = StructuredOutputsConfig(backend=backend)
         args = AsyncEngineArgs(**shared, **options)
         return AsyncLLM.from_engine_args(args), tokenizer
 

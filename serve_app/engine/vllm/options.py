@@ -32,6 +32,8 @@ class VllmSettings:
     kv_bytes: int | None = 1 << 30
     tensor_parallel_size: int = 1
     products: Products | None = None
+    reasoning_parser: str | None = None
+    structured_outputs_backend: str = "auto"
 
 
 def base_options(base: Path, settings: VllmSettings) -> dict[str, Any]:
@@ -52,6 +54,10 @@ def base_options(base: Path, settings: VllmSettings) -> dict[str, Any]:
             options["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     if settings.kv_bytes is not None:
         options["kv_cache_memory_bytes"] = settings.kv_bytes
+    if settings.reasoning_parser is not None:
+        options["reasoning_parser"] = settings.reasoning_parser  # so that a schema holds after the reasoning
+    if settings.structured_outputs_backend != "auto":
+        options["structured_outputs_backend"] = settings.structured_outputs_backend
     return options | {
         "model": str(base),
         "load_format": "safetensors",

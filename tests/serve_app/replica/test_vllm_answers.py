@@ -5,88 +5,24 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.errors import ConfigError
+from serve_app.arguments import VllmArguments
 from serve_app.engine.vllm.plugin import compatibility
 from serve_app.openai.call import Call, Endpoint, Reply
 from tests.support.engines import CLUSTERS, GONE, PROMPTS, Homes, ask, collect
+from tests.support.vllm_bodies import BODIES, CHAT, TOOL, events, same, told_by
 from tests.support.vllm_engine import Running, make_engine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(compatibility.vllm_version() is None, reason="vLLM is not here")]
 
 SERVED = "sha256:0"
-CHAT = [{"role": "user", "content": "Say three words."}]
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 8}},
-    "required": ["name"],
-    "additionalProperties": False,
-}
-TOOL = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
-# Of the base, greedy where nothing else is said.
-BODIES: dict[str, dict[str, Any]] = {
-    "plain": {"prompt": "The capital of France is"},
-    "two prompts": {"prompt": ["One, two,", "Once upon a time"]},
-    "tokens": {"prompt": [504, 3575, 282]},
-    "lists of tokens": {"prompt": [[504, 3575], [504, 3575, 282]]},
-    "echo": {"prompt": "The capital", "echo": True},
-    "echo alone": {"prompt": "The capital", "echo": True, "max_tokens": 0},
-    "logprobs": {"prompt": "The capital of France is", "logprobs": 3},
-    "echo and logprobs": {"prompt": "The capital of", "echo": True, "logprobs": 2},
-    "n": {"prompt": "Once", "n": 3, "temperature": 1.0, "seed": 7},
-    "seed": {"prompt": "Once", "temperature": 1.0, "seed": 8, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
-    "penalties": {"prompt": "a a a a", "frequency_penalty": 1.0, "presence_penalty": 0.5, "repetition_penalty": 1.1},
-    "bias": {"prompt": "1, 2, 3,", "logit_bias": {"33": -100, "260": 4}},
-    "stop": {"prompt": "1, 2, 3, 4,", "stop": ["6", "never", "nor", "this"]},
-    "stop in output": {"prompt": "1, 2, 3, 4,", "stop": ["6"], "include_stop_str_in_output": True},
-    "stop tokens": {"prompt": "1, 2, 3, 4,", "stop_token_ids": [38]},
-    "least and most": {"prompt": "Hello", "min_tokens": 5, "max_tokens": 5, "ignore_eos": True},
-    "bad words": {"prompt": "The capital of France is", "bad_words": [" Paris"]},
-    "allowed tokens": {"prompt": "The capital of France is", "allowed_token_ids": [260, 253, 33]},
-    "token ids": {"prompt": "The capital", "return_token_ids": True},
-    "tokens as ids": {"prompt": "The capital", "logprobs": 1, "return_tokens_as_token_ids": True},
-    "special tokens": {"prompt": "<|im_start|>user\nHi<|im_end|>\n", "skip_special_tokens": False},
-    "truncated": {"prompt": "one two three four five six", "truncate_prompt_tokens": 3},
-    "regex": {"prompt": "The year", "structured_outputs": {"regex": " [0-9]{4}"}},
-    "choice": {"prompt": "Yes or no?", "structured_outputs": {"choice": ["yes", "no"]}},
-    "chat": {"messages": CHAT},
-    "chat with system": {"messages": [{"role": "system", "content": "Be short."}, *CHAT]},
-    "chat in parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Say"}]}]},
-    "chat as developer": {"messages": [{"role": "developer", "content": "Be short."}, *CHAT]},
-    "chat with logprobs": {"messages": CHAT, "logprobs": True, "top_logprobs": 2},
-    "chat n": {"messages": CHAT, "n": 2, "temperature": 0.8, "seed": 3},
-    "chat limit": {"messages": CHAT, "max_completion_tokens": 3, "max_tokens": None},
-    "chat stop": {"messages": CHAT, "stop": "e"},
-    "chat object": {"messages": CHAT, "response_format": {"type": "json_object"}},
-    "chat schema": {
-        "messages": CHAT,
-        "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}},
-        "max_tokens": 24,
-    },
-    "chat prefill": {
-        "messages": [*CHAT, {"role": "assistant", "content": "One two"}],
-        "continue_final_message": True,
-        "add_generation_prompt": False,
-    },
-    "chat template's own": {"messages": CHAT, "chat_template_kwargs": {"some": "thing"}},
-    "chat with tools unused": {"messages": CHAT, "tools": [TOOL], "tool_choice": "none"},
-    "chat played back": {
-        "messages": [
-            *CHAT,
-            {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}],
-            },
-            {"role": "tool", "tool_call_id": "1", "content": "a, b, c"},
-        ]
-    },
-    "usage all along": {"messages": CHAT, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
-}
 
 
 @pytest.fixture(scope="module")
@@ -98,53 +34,27 @@ def running(base_path: Path, zoo_path: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def answers(running: Running) -> Any:
+    return make_answers(running)
+
+
+def make_answers(running: Running, **arguments: Any) -> Any:
     from serve_app.replica.vllm_answers import VllmAnswers
 
-    return VllmAnswers(running.engine)
+    return VllmAnswers(running.engine, VllmArguments(**arguments))
 
 
 def call(body: dict[str, Any], adapter: str | None = None, **fields: Any) -> Call:
     endpoint: Endpoint = "chat" if "messages" in body else "completions"
-    document = {"model": adapter or "the-base", "temperature": 0, "max_tokens": 8} | body | fields
+    return called(endpoint, {"temperature": 0, "max_tokens": 8} | body | fields, adapter)
+
+
+def called(endpoint: Endpoint, body: dict[str, Any], adapter: str | None = None) -> Call:
+    document = {"model": adapter or "the-base"} | body
     return Call(endpoint, json.dumps(document).encode(), "cmpl-0123", adapter, SERVED)
 
 
 async def streamed(answers: Any, asked: Call) -> list[Any]:
     return [piece async for piece in answers.stream(asked)]
-
-
-def events(text: str) -> list[Any]:
-    lines = text.split("\n\n")
-    assert lines.pop() == ""
-    assert lines.pop() == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines]
-
-
-def same(document: Any) -> Any:
-    """But for ids and times, and what names who answered."""
-    if isinstance(document, list):
-        return [same(item) for item in document]
-    if not isinstance(document, dict):
-        return document
-    return {k: same(v) for k, v in document.items() if k not in ("id", "created", "system_fingerprint")}
-
-
-def told_by(chunks: list[Any]) -> Any:
-    """A stream's choices, each put together again: how much of them is in one chunk depends on who had to wait."""
-    choices: dict[int, dict[str, Any]] = {}
-    for chunk in chunks:
-        for choice in chunk["choices"]:
-            own = choices.setdefault(choice["index"], {})
-            for field, value in (choice | choice.get("delta", {})).items():
-                if field == "logprobs" and value is not None:
-                    for part, entries in value.items():
-                        own.setdefault(f"logprobs.{part}", []).extend(entries or [])
-                elif field in ("text", "content", "token_ids") and value is not None:
-                    own[field] = (own.get(field) or type(value)()) + value
-                elif field != "delta":
-                    own[field] = value if value is not None else own.get(field)
-    usage = [chunk.get("usage") for chunk in chunks if chunk.get("usage")]
-    return choices, usage[-1:], {field: same(chunks[0][field]) for field in ("object", "model")}
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -339,5 +249,113 @@ def test_a_client_that_leaves_lets_its_home_go(running: Running, answers: Any) -
         assert running.engine.health().num_running == 1
         await stream.aclose()
         assert running.engine.health().num_running == 0
+
+    running.run(check())
+
+
+def test_a_tool_call_is_taken_apart_by_the_parser_that_is_named(running: Running) -> None:
+    answers = make_answers(running, tool_call_parser="hermes", enable_auto_tool_choice=True)
+    written = '<tool_call>\n{"name": "look", "arguments": {"name": "Ann"}}\n</tool_call>'
+    forced = re.escape(written).replace("\\ ", " ").replace("\\\n", "\n")
+    asked = {"messages": CHAT, "tools": [TOOL], "max_tokens": 60, "structured_outputs": {"regex": forced}}
+
+    async def check() -> None:
+        reply = await answers.answer(call(asked, tool_choice="auto"))
+        [choice] = json.loads(reply.body)["choices"]
+        [made] = choice["message"]["tool_calls"]
+        assert (made["function"]["name"], json.loads(made["function"]["arguments"])) == ("look", {"name": "Ann"})
+        assert choice["finish_reason"] == "tool_calls"
+        pieces = events(b"".join(await streamed(answers, call(asked, tool_choice="auto", stream=True))).decode())
+        calls = [c for piece in pieces for c in piece["choices"][0]["delta"].get("tool_calls") or ()]
+        assert calls[0]["function"]["name"] == "look"
+        assert json.loads("".join(c["function"].get("arguments") or "" for c in calls)) == {"name": "Ann"}
+
+        required = call({"messages": CHAT, "tools": [TOOL], "max_tokens": 60}, tool_choice="required")
+        [choice] = json.loads((await answers.answer(required)).body)["choices"]
+        assert choice["message"]["tool_calls"][0]["function"]["name"] == "look"
+
+    running.run(check())
+
+
+def test_without_a_parser_a_tool_choice_that_needs_one_is_a_400(running: Running, answers: Any) -> None:
+    async def check() -> None:
+        reply = await answers.answer(call({"messages": CHAT, "tools": [TOOL]}, tool_choice="auto"))
+        assert reply.status == 400, reply.body
+
+    running.run(check())
+
+
+def test_reasoning_is_taken_apart_by_the_parser_that_is_named(running: Running) -> None:
+    answers = make_answers(running, reasoning_parser="granite")
+    written = "Here is my thought process: I see. Here is my response: Yes"
+    asked = {"messages": CHAT, "structured_outputs": {"choice": [written]}, "max_tokens": 30}
+
+    async def check() -> None:
+        [choice] = json.loads((await answers.answer(call(asked))).body)["choices"]
+        assert choice["message"]["reasoning"].strip() == "I see."
+        assert choice["message"]["content"].strip() == "Yes"
+
+    running.run(check())
+
+
+def test_a_template_of_the_arguments_is_the_bases_and_no_adapters_own(running: Running) -> None:
+    answers = make_answers(running, chat_template="{% for m in messages %}say {{ m.content }}{% endfor %}")
+
+    async def tokens(adapter: str | None) -> Any:
+        reply = await answers.answer(called("tokenize", {"messages": CHAT, "return_token_strs": True}, adapter))
+        assert reply.status == 200, reply.body
+        return json.loads(reply.body)
+
+    async def check() -> None:
+        told = await tokens(None)
+        words = await answers.answer(called("detokenize", {"tokens": told["tokens"]}))
+        assert json.loads(words.body) == {"prompt": "say Say three words."}
+        assert told["count"] == len(told["tokens"]) == len(told["token_strs"])
+        reply = await answers.answer(call({"messages": CHAT}))
+        assert json.loads(reply.body)["usage"]["prompt_tokens"] == told["count"]
+        assert (await tokens("past"))["tokens"] == told["tokens"]
+        adapters = running.engine.serving_map.adapters
+        own = dataclasses.replace(adapters["past"], chat_template="{{ messages[0].content }}")
+        with pytest.MonkeyPatch.context() as patched:
+            brought = dict(adapters) | {"past": own}
+            patched.setattr(answers, "_map", dataclasses.replace(answers._map, adapters=brought))
+            assert (await tokens("past"))["count"] == told["count"] - 1
+
+    running.run(check())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tool_call_parser": "nobodys", "enable_auto_tool_choice": True},
+        {"reasoning_parser": "nobodys"},
+        {"chat_template": "/no/such/file.jinja"},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_arguments_that_vllm_does_not_take_are_named(running: Running, arguments: dict[str, Any]) -> None:
+    name, value = next(iter(arguments.items()))
+    with pytest.raises(ConfigError, match=f"vllm.{name} '{re.escape(value)}'"):
+        make_answers(running, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "param"),
+    [
+        ("tokenize", {}, "prompt"),
+        ("tokenize", {"prompt": "x", "frob": 1}, "frob"),
+        ("tokenize", {"prompt": ["x"]}, "prompt"),
+        ("tokenize", {"messages": CHAT, "chat_template": "x"}, "chat_template"),
+        ("detokenize", {"tokens": [10**9]}, "tokens"),
+        ("detokenize", {"tokens": [-1]}, "tokens"),
+        ("detokenize", {"prompt": "x", "tokens": [5]}, "prompt"),
+    ],
+)
+def test_what_cannot_be_tokenized_is_a_400(
+    running: Running, answers: Any, endpoint: Endpoint, body: dict[str, Any], param: str
+) -> None:
+    async def check() -> None:
+        reply = await answers.answer(called(endpoint, body))
+        assert (reply.status, json.loads(reply.body)["error"]["param"]) == (400, param), reply.body
 
     running.run(check())

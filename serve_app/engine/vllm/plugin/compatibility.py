@@ -48,7 +48,7 @@ SYMBOLS = {
     ),
     "vllm.lora.punica_wrapper.punica_selector": ("get_punica_wrapper",),
     "vllm.v1.executor.uniproc_executor": ("UniProcExecutor",),
-    # What serve_app/replica/vllm_answers.py answers with.
+    # What serve_app/replica/vllm_answers.py and vllm_request.py answer with.
     "vllm.entrypoints.openai.chat_completion.protocol": ("ChatCompletionRequest",),
     "vllm.entrypoints.openai.chat_completion.serving": ("OpenAIServingChat.create_chat_completion",),
     "vllm.entrypoints.openai.completion.protocol": ("CompletionRequest",),
@@ -57,7 +57,17 @@ SYMBOLS = {
     "vllm.entrypoints.openai.models.serving": ("OpenAIServingModels.model_name",),
     "vllm.entrypoints.serve": ("create_error_response",),
     "vllm.entrypoints.serve.engine.protocol": ("ErrorResponse",),
+    "vllm.entrypoints.serve.tokenize.protocol": (
+        "DetokenizeRequest",
+        "TokenizeChatRequest",
+        "TokenizeCompletionRequest",
+    ),
+    "vllm.entrypoints.serve.tokenize.serving": (
+        "ServingTokenization.create_detokenize",
+        "ServingTokenization.create_tokenize",
+    ),
     "vllm.exceptions": ("VLLMValidationError",),
+    "vllm.renderers.chat_utils": ("load_chat_template",),
     "vllm.renderers.online_renderer": ("OnlineRenderer",),
 }
 
