@@ -27,7 +27,7 @@ help:
 	@echo "make test       the tests (under 10 minutes)"
 	@echo "make test-slow  the long ones"
 	@echo "make test-vllm  the vLLM engine's, in an environment with vLLM's CPU build"
-	@echo "make test-vllm-slow   the HTTP and the exactness tests on that engine (20 minutes)"
+	@echo "make test-vllm-slow   the HTTP and exactness tests on that engine, vLLM's own server beside it, real clients (45 minutes)"
 	@echo "make gpu-check  on a machine with a GPU: the same and the kernels on it, and what a layer costs"
 	@echo "make serve      leave the demo's application running; make stop ends it"
 	@echo "make check      ruff, mypy, who may import whom"
@@ -78,7 +78,7 @@ test-vllm: $(VLLM_READY) $(BASE)
 	$(VLLM_BIN)/python -m pytest -m vllm --ignore tests/serve_app/engine/vllm/test_triton_kernel.py $(PYTEST_ARGS)
 
 test-vllm-slow: $(VLLM_READY) $(BASE)
-	ENGINE=vllm $(VLLM_BIN)/python -m pytest tests/clients/test_http.py tests/clients/test_exactness.py $(PYTEST_ARGS)
+	ENGINE=vllm $(VLLM_BIN)/python -m pytest tests/clients/test_http.py tests/clients/test_exactness.py tests/clients/test_vllm_server.py tests/clients/test_real_clients.py $(PYTEST_ARGS)
 
 # Not tried yet: no GPU was at hand.
 gpu-check: $(GPU_READY)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +23,11 @@ from transformers import AutoTokenizer
 
 from cluster.bundle.manifest import Manifest
 from cluster.bundle.revisions import object_key
-from cluster.errors import BaseModelError, PlacementError
+from cluster.errors import BaseModelError, ConfigError, PlacementError
 from serve_app.app import build
 from tests.support import serving
 from tests.support.bundles import flip_a_byte, write_bundle
+from tests.support.malformed import BODIES, REQUESTS
 from tests.support.serving import ENGINE
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -275,6 +277,53 @@ def test_a_stop_string_ends_the_answer_before_it(app: App) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
+def test_an_answer_is_held_to_a_schema_whole_and_streamed(app: App) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"number": {"type": "integer", "maximum": 99}, "word": {"enum": ["one", "two"]}},
+        "required": ["number", "word"],
+        "additionalProperties": False,
+    }
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema, "strict": True}}
+    fields: dict[str, Any] = {"messages": [{"role": "user", "content": "Say."}], "response_format": wanted}
+    for model in (BASE, "add"):
+        whole = app.client.chat.completions.create(model=model, temperature=0, max_tokens=60, **fields).choices[0]
+        document = json.loads(str(whole.message.content))
+        assert (set(document), document["word"] in ("one", "two")) == ({"number", "word"}, True)
+        assert whole.finish_reason == "stop"
+        pieces = app.client.chat.completions.create(model=model, temperature=0, max_tokens=60, stream=True, **fields)
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole.message.content
+    wrong: Any = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": 5}}}
+    with pytest.raises(openai.BadRequestError, match="schema"):
+        app.client.chat.completions.create(model="add", messages=fields["messages"], response_format=wrong)
+
+
+@pytest.mark.slow
+def test_a_stream_cut_anywhere_in_emoji_signs_and_marks_says_what_the_whole_answer_says(app: App) -> None:
+    text = "\U0001f469\u200d\U0001f467 \u6f22\u5b57 e\u0301"  # a family, Chinese, an e with its accent apart
+    schema = {"type": "object", "properties": {"t": {"enum": [text]}}, "required": ["t"], "additionalProperties": False}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    fields: dict[str, Any] = {
+        "model": "add",
+        "prompt": "x",
+        "temperature": 0,
+        "extra_body": {"response_format": wanted},
+    }
+
+    def said(max_tokens: int) -> tuple[str, str]:
+        whole = app.client.completions.create(max_tokens=max_tokens, **fields).choices[0]
+        pieces = app.client.completions.create(max_tokens=max_tokens, stream=True, **fields)
+        return whole.text, "".join(piece.choices[0].text for piece in pieces)
+
+    longest = said(64)[0]
+    assert json.loads(longest) == {"t": text}
+    with ThreadPoolExecutor(8) as pool:
+        told = list(pool.map(said, range(1, 33)))
+    assert all(whole == streamed for whole, streamed in told)
+    assert all(longest.startswith(whole.rstrip("\ufffd")) for whole, _ in told)
+    assert len({whole for whole, _ in told}) > 12
+
+
 def test_seeded_sampling_is_reproducible_alone_and_in_company(app: App) -> None:
     def sample(seed: int) -> str:
         return app.say("add", "Once", temperature=1.0, seed=seed, max_tokens=10).choices[0].text
@@ -310,6 +359,7 @@ def test_models_are_listed_by_pages_and_retrieved_by_name(app: App, bundle: Bund
     adapter = bundle.manifest.adapters["tenant/roman"]
     card = app.client.models.retrieve("tenant/roman").model_dump()
     assert (card["cluster"], card["mode"], card["error"]) == ("1", "core", 0.0)
+    assert card["max_model_len"] == app.client.models.retrieve(BASE).model_dump()["max_model_len"] == 2048
     assert (card["version"], card["served_revision"]) == (adapter.version, adapter.served)
     assert app.client.models.retrieve(BASE).model_dump()["mode"] == "base"
     assert app.client.models.retrieve("first-letter").model_dump()["mode"] == "raw"
@@ -422,6 +472,29 @@ def test_what_is_no_request_of_ours_is_refused_in_openais_shape(
     seen, _, answer = app.call(method, path, body)
     assert seen == status
     assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_whatever_a_client_sends_is_the_clients_fault(app: App, name: str) -> None:
+    path, body = BODIES[name]
+    status, _, answer = app.call("POST", f"/v1/{path}", body)
+    assert 400 <= status < 500 or (status == 200 and answer["choices"]), (status, answer)
+    if status != 200:
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
+        assert len(json.dumps(answer)) < 3000
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_request_that_is_none_is_refused_or_cut_and_the_next_one_is_answered(app: App, name: str) -> None:
+    with contextlib.closing(socket.create_connection(("127.0.0.1", app.port), timeout=PATIENCE_S)) as connection:
+        connection.sendall(REQUESTS[name].replace(b"%s", app.prefix.encode()).replace(b"%%", b"%"))
+        connection.shutdown(socket.SHUT_WR)
+        told = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(1 << 16):
+                told += piece
+    assert not re.match(rb"HTTP/1\.1 5", told), told
+    assert app.call("GET", "/health")[0] == 200
 
 
 def test_a_body_that_is_too_large_is_a_413_before_it_is_read_and_one_just_within_is_answered(app: App) -> None:
@@ -659,6 +732,33 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_starts(bundle: Bund
         build(args | {"placement.device_memory": "1GiB"})
     with pytest.raises(PlacementError, match="3 devices in all; there are 2"):
         build(args | {"placement.clusters_per_group": "1", "placement.devices": "2"})
+
+
+def test_more_than_the_context_holds_has_openais_code(app: App) -> None:
+    for fields in ({"prompt": [5] * 2048}, {"prompt": "x", "max_tokens": 2048}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            app.say("add", **fields)
+        assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.skipif(ENGINE == "vllm", reason="that engine answers")
+def test_what_the_vllm_engine_alone_does_is_a_400_that_says_so(app: App) -> None:
+    for path in ("/tokenize", "/detokenize"):
+        status, _, body = app.call("POST", path, json.dumps({"model": BASE, "prompt": "x"}).encode())
+        assert status == 400
+        assert "engine=vllm" in body["error"]["message"]
+
+
+def test_arguments_of_an_engine_that_is_not_asked_for_are_refused(bundle: Bundle, base_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"vllm\.\* are of the engine vllm, and the engine is transformers"):
+        build(
+            {
+                "bundle": str(bundle.path),
+                "base": str(base_path),
+                "engine": "transformers",
+                "vllm.reasoning_parser": "deepseek_r1",
+            }
+        )
 
 
 def test_another_base_is_refused_before_anything_starts(bundle: Bundle, base_path: Path, tmp_path: Path) -> None:
