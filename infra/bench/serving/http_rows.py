@@ -54,13 +54,8 @@ class HttpRow:
 async def start_vllm_server(name: str, base: Path, settings: VllmSettings) -> HttpRow:
     """vLLM's own server, LoRA off."""
     began = time.perf_counter()
-    options = base_options(base, settings)
-    port, line = free_port(), [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    for key, value in options.items():
-        flag = key.replace("_", "-")
-        line += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    line += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base"]
-    line += ["--disable-uvicorn-access-log"]
+    port = free_port()
+    line = vllm_server_line(base, settings, port)
     process = await asyncio.to_thread(subprocess.Popen, line, stdout=sys.stderr, stderr=sys.stderr)
 
     def stop() -> None:
@@ -73,6 +68,16 @@ async def start_vllm_server(name: str, base: Path, settings: VllmSettings) -> Ht
         stop()
         raise
     return HttpRow(name, f"http://127.0.0.1:{port}/v1", ["base"], time.perf_counter() - began, stop)
+
+
+def vllm_server_line(base: Path, settings: VllmSettings, port: int) -> list[str]:
+    """The command of vLLM's own server on 127.0.0.1, which serves ``base`` by the name "base"."""
+    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for key, value in base_options(base, settings).items():
+        flag = key.replace("_", "-")
+        line += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    line += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base"]
+    return [*line, "--disable-uvicorn-access-log"]
 
 
 async def start_stack(
