@@ -96,6 +96,8 @@ def check_command(words: list[str]) -> None:
             parse_arguments(dict(argument.split("=", 1) for argument in arguments))
         case ["serve", "deploy" | "run", file]:
             assert (REPOSITORY / file).is_file(), line
+        case ["ray", "start", "--head"]:
+            pass
         case ["ray", "job", "submit", *options]:
             split = options.index("--")
             assert {word for word in options[:split] if word.startswith("-")} <= FOREIGN["ray"], line
