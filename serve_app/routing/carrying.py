@@ -55,8 +55,9 @@ class Carrying:
             del self._queues[answer_id]
 
     async def _receive(self) -> None:
-        is_open, response = False, self._open()
+        is_open, response = False, None
         try:
+            response = self._open()
             async for message in response:
                 is_open, self._is_opening = True, False
                 self._seen()
@@ -70,7 +71,8 @@ class Carrying:
                 self._lost()
         finally:
             self._is_opening = False
-            response.cancel()
+            if response is not None:
+                response.cancel()
 
 
 async def carried(queue: Queue, response: Any, interruption: Interruption) -> AsyncGenerator[Reply | bytes, None]:

@@ -257,6 +257,8 @@ def test_one_that_does_not_open_costs_no_stream_anything_and_is_tried_again() ->
 
         def opened() -> Response:
             tried.append(Response(failing()))
+            if len(tried) == 2:
+                raise RuntimeError("no such deployment")
             return tried[-1]
 
         carrying = Carrying("group-0", opened, lambda: None, lambda: lost.append(None))
