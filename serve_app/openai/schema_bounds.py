@@ -28,6 +28,8 @@ def _check(value: Any, name: str) -> None:
             value = json.loads(value)
         except ValueError:
             return
+        except RecursionError:
+            raise invalid(f"{name} is nested too deeply", name, "invalid_value") from None
     if isinstance(value, list):
         for item in value:
             _check(item, name)

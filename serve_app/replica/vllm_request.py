@@ -128,7 +128,7 @@ def _check_bounds(fields: Mapping[str, Any], vocab_size: int) -> None:
     size = sum(map(len, filter(lambda word: isinstance(word, str), words))) if isinstance(words, list) else 0
     need(size <= _MOST_BAD_CHARACTERS, "bad_words", f"at most {_MOST_BAD_CHARACTERS} characters together")
     stops = fields.get("stop")
-    texts = [stop for stop in stops if isinstance(stop, str)] if isinstance(stops, list) else []
+    texts = [stop for stop in (stops if isinstance(stops, list) else [stops]) if isinstance(stop, str)]
     told = f"at most {MOST_STOPS} with {MOST_STOP_CHARACTERS} characters together"
     need(len(texts) <= MOST_STOPS and sum(map(len, texts)) <= MOST_STOP_CHARACTERS, "stop", told)
     for name in ("response_format", "structured_outputs", "tools"):

@@ -76,7 +76,8 @@ def test_values_that_ask_for_nothing_are_accepted_all_together(transformers: Ans
 def vllm(base_path: Path, zoo_path: Path) -> Iterator[tuple[Running, Answers]]:
     from serve_app.replica.vllm_answers import VllmAnswers
 
-    running = Running(make_engine(base_path, Homes(zoo_path)))
+    options = {"structured_outputs_backend": "xgrammar", "reasoning_parser": "granite"}
+    running = Running(make_engine(base_path, Homes(zoo_path), **options))
     arguments = VllmArguments(tool_call_parser="hermes", enable_auto_tool_choice=True, reasoning_parser="granite")
     yield running, VllmAnswers(running.engine, arguments)
     running.close()

@@ -70,7 +70,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         {}, {"regex": "("}, {"regex": "a{99999999}"}, {"choice": []}, {"choice": [5]}, {"grammar": "root ::="},
         {"json": {"type": 5}}, {"json": "x"}, {"json": {"$ref": "http://127.0.0.1:1/x"}},
         {"regex": "a", "choice": ["b"]}, {"nothing": 1}, "x",
-        {"json": '{"type": "array", "minItems": 1099511627776}'},
+        {"json": '{"type": "array", "minItems": 1099511627776}'}, {"json": '{"a":' * 5000 + "1" + "}" * 5000},
     )},
 }  # fmt: skip
 CHAT_FIELDS: dict[str, dict[str, Any]] = {
