@@ -236,6 +236,7 @@ def test_the_commands_of_the_job_work_one_after_the_other(name: str, shell: Path
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_the_application_is_started_and_asked_as_the_documents_say(shell: Path) -> None:
     first, application = Document(REPOSITORY / "README.md"), Document(REPOSITORY / "serve_app" / "README.md")
