@@ -65,8 +65,11 @@ def test_blocks_say_what_they_are(document: Document) -> None:
 
 @pytest.mark.parametrize(
     "document",
-    # Of the benchmarks, each of which is asked for its --help, in seconds.
-    [pytest.param(d, marks=pytest.mark.slow) if str(d).startswith("infra/bench") else d for d in DOCUMENTS],
+    # Those whose programs take seconds to say their --help.
+    [
+        pytest.param(d, marks=pytest.mark.slow) if str(d).startswith(("infra/bench", "infra/train_zoo")) else d
+        for d in DOCUMENTS
+    ],
     ids=str,
 )
 def test_every_command_exists_with_its_options(document: Document) -> None:

@@ -50,7 +50,10 @@ OPTIONS = (
 
 @pytest.mark.parametrize(
     "options",
-    [*OPTIONS[:3], *(pytest.param(line, marks=[pytest.mark.slow, pytest.mark.by_hand]) for line in OPTIONS[3:])],
+    [
+        *OPTIONS[1:3],
+        *(pytest.param(line, marks=[pytest.mark.slow, pytest.mark.by_hand]) for line in (OPTIONS[0], *OPTIONS[3:])),
+    ],
 )
 def test_a_run_takes_the_bytes_that_plan_said(
     flat: Path, tmp_path: Path, options: str, capsys: pytest.CaptureFixture[str]

@@ -241,6 +241,7 @@ def test_an_adapter_replaced_during_the_job_is_named_and_the_others_are_served(
     assert set(run_job(adapters, base_path, tmp_path / "out", rank=16).manifest.adapters) == set(FEW)
 
 
+@pytest.mark.slow
 def test_of_twins_that_saw_the_same_change_the_slower_one_ends_well(
     base_path: Path, zoo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

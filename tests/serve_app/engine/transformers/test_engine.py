@@ -227,6 +227,7 @@ def test_a_mixed_batch_joined_at_different_times_answers_as_peft_does(
     assert asyncio.run(staggered()) == oracle
 
 
+@pytest.mark.slow
 def test_one_prompt_through_every_adapter_at_once_answers_as_each_alone(engine: TransformersEngine) -> None:
     """Prefilled together, so that only the adapter can tell the rows apart; more of them than there are rows."""
     adapters = [*PROMPTS, *PROMPTS]
