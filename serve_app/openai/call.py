@@ -29,7 +29,8 @@ class Envelope:
 
 @dataclass(frozen=True)
 class Call:
-    """``adapter`` None is the base; ``served`` is the revision that the router's map has of it. ``router`` asks."""
+    """``adapter`` None is the base; ``served`` is the revision that the router's map has of it. ``router`` asks, for
+    ``num_sequences``."""
 
     endpoint: Endpoint
     body: bytes
@@ -37,6 +38,7 @@ class Call:
     adapter: str | None
     served: str
     router: str = ""
+    num_sequences: int = 1
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class VllmAnswers:
 
     async def answer(self, call: Call) -> Reply:
         try:
-            async with self._engine.holding(self._served(call)):
+            async with self._engine.holding(self._served(call), call.num_sequences):
                 result = await self._create(call)
                 if call.endpoint in ("chat", "completions"):
                     result.system_fingerprint = call.served
@@ -106,7 +106,7 @@ class VllmAnswers:
     async def stream(self, call: Call) -> AsyncGenerator[Reply | bytes, None]:
         try:
             async with (
-                self._engine.holding(self._served(call)),
+                self._engine.holding(self._served(call), call.num_sequences),
                 aclosing(merge([await self._create(call)])) as batches,
             ):
                 begun = False

@@ -95,18 +95,18 @@ class GroupClient:
             if not health.alive:
                 self._end_calls(next(iter(health.homes.values()), "no engine is running"))
 
-    async def answer(self, call: Call, num_sequences: int, deadline: float) -> Reply:
+    async def answer(self, call: Call, deadline: float) -> Reply:
         """The whole answer, in one message. Raises ApiError (429) beyond ``max_inflight``, HomeUnavailable when the
         group is lost, and TimeoutError at ``deadline`` (the event loop's time)."""
-        with self._admitted(num_sequences):
+        with self._admitted(call.num_sequences):
             response = self._handle.answer.remote(call)
             with self._ending(response, deadline) as interruption:
                 reply: Reply = await interruption.wait(_awaited(response))
                 return reply
 
-    async def stream(self, call: Call, num_sequences: int, deadline: float) -> AsyncGenerator[Reply | bytes, None]:
+    async def stream(self, call: Call, deadline: float) -> AsyncGenerator[Reply | bytes, None]:
         """What the replica says, message by message. Closing it stops the replica. Raises as ``answer`` does."""
-        with self._admitted(num_sequences):
+        with self._admitted(call.num_sequences):
             response = self._stream.stream.remote(call)
             with (
                 self._ending(response, deadline) as interruption,

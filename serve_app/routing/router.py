@@ -78,13 +78,14 @@ class Router:
             )
         served = adapter.served if adapter else self._map.get().base_fingerprint
         answer_id = f"{_ID_PREFIXES[endpoint]}-{uuid4().hex}"
-        call = Call(endpoint, body, answer_id, adapter.adapter_id if adapter else None, served, self._id)
+        adapter_id = adapter.adapter_id if adapter else None
+        call = Call(endpoint, body, answer_id, adapter_id, served, self._id, asked.num_sequences)
         headers = {"X-Served-Revision": served, "X-Cluster": _cluster_header(adapter)}
         deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
         if asked.stream:
-            pieces = group.stream(call, asked.num_sequences, deadline)
+            pieces = group.stream(call, deadline)
             return await as_events(pieces, headers, self._spec.sse_keep_alive_s)
-        return as_response(await group.answer(call, asked.num_sequences, deadline), headers)
+        return as_response(await group.answer(call, deadline), headers)
 
     def list_models(self, query: Mapping[str, str]) -> ModelPage:
         """The page that ``limit`` and ``after`` ask for."""

@@ -117,16 +117,17 @@ class VllmEngine:
                 raise self._translated(error) from error
 
     @contextlib.asynccontextmanager
-    async def holding(self, served: ServedAdapter | None) -> AsyncGenerator[None, None]:
-        """Its home stays while this lasts. Raises EngineStopped, and HomeUnavailable where it cannot be asked."""
+    async def holding(self, served: ServedAdapter | None, num_sequences: int = 1) -> AsyncGenerator[None, None]:
+        """Its home stays while this lasts, and so many sequences count as in flight. Raises EngineStopped, and
+        HomeUnavailable where it cannot be asked."""
         self._check_available(served)
         home = served.home if served else None
-        self._in_flight[home] += 1
+        self._in_flight[home] += num_sequences
         try:
             yield
         finally:
+            self._in_flight[home] -= num_sequences
             async with self._left:
-                self._in_flight[home] -= 1
                 self._left.notify_all()
 
     @property
