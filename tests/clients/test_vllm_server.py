@@ -168,8 +168,8 @@ ROWS = [
 
 
 def test_lm_eval_is_told_the_same_log_probabilities(urls: tuple[str, str], base_path: Path, tmp_path: Path) -> None:
-    """Its local-completions as shipped, which asks for the log probabilities of prompts. Of the base: with a LoRA of
-    vLLM's own, two such requests at once end the engine of its CPU build (0.32.0; an einsum of unequal sizes)."""
+    """Its local-completions as shipped, which asks for the log probabilities of prompts. One request at a time: with
+    LoRA on, two at once end the engine of vLLM's own CPU build (0.32.0; an einsum of unequal sizes)."""
     program = str(environment("lm-eval") / "lm_eval")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -177,7 +177,7 @@ def test_lm_eval_is_told_the_same_log_probabilities(urls: tuple[str, str], base_
     told = []
     for number, url in enumerate(urls):
         out = tmp_path / str(number)
-        model = f"model={BASE},base_url={url}/v1/completions,tokenizer={base_path},num_concurrent=2,max_retries=1"
+        model = f"model={BASE},base_url={url}/v1/completions,tokenizer={base_path},num_concurrent=1,max_retries=1"
         command = [program, "run", "--model", "local-completions", "--model_args", model, "--tasks", "colours"]
         command += ["--include_path", str(tmp_path), "--output_path", str(out), "--log_samples"]
         done = subprocess.run(
