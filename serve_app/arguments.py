@@ -75,7 +75,8 @@ class VllmArguments:
     enable_auto_tool_choice: Annotated[bool, yes_or_no] = False
     reasoning_parser: Annotated[str | None, text] = None
     chat_template: Annotated[str | None, text] = None
-    structured_outputs_backend: Annotated[str, one_of(*STRUCTURED_OUTPUTS)] = "auto"
+    # Not auto: there the first request's backend compiles all others', which may end in a 500.
+    structured_outputs_backend: Annotated[str, one_of(*STRUCTURED_OUTPUTS)] = "xgrammar"
 
 
 @dataclass(frozen=True)

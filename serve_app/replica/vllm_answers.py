@@ -61,8 +61,7 @@ class VllmAnswers:
         try:
             self._make_serving(arguments)
         except (KeyError, OSError, TypeError, ValueError, VLLMValidationError) as error:
-            named = {name: value for name, value in vars(arguments).items() if value and value != "auto"}
-            given = ", ".join(f"vllm.{name} {value!r}" for name, value in named.items())
+            given = ", ".join(f"vllm.{name} {value!r}" for name, value in vars(arguments).items() if value)
             raise ConfigError(f"vLLM does not take its arguments ({given}): {error}") from error
 
     def _make_serving(self, arguments: VllmArguments) -> None:

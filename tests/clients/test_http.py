@@ -295,7 +295,7 @@ def test_an_answer_is_held_to_a_schema_whole_and_streamed(app: App) -> None:
         pieces = app.client.chat.completions.create(model=model, temperature=0, max_tokens=60, stream=True, **fields)
         assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole.message.content
     wrong: Any = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": 5}}}
-    with pytest.raises(openai.BadRequestError, match="type must be"):
+    with pytest.raises(openai.BadRequestError):
         app.client.chat.completions.create(model="add", messages=fields["messages"], response_format=wrong)
 
 
