@@ -47,6 +47,7 @@ _NOT_WITH_BEAMS = (
     "allowed_token_ids", "bad_words", "frequency_penalty", "logit_bias", "min_tokens", "presence_penalty",
     "repetition_penalty", "response_format", "seed", "stop", "stop_token_ids", "structured_outputs", "top_k", "top_p",
 )  # fmt: skip
+_NULL_ELSEWHERE = ("best_of", "max_completion_tokens", "messages")  # not in every request of vLLM's
 _STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 _ASKED = {"chat": "messages", "completions": "prompt", "tokenize": "prompt", "detokenize": "tokens"}
 
@@ -89,12 +90,10 @@ def _kind(call: Call, given: Mapping[str, Any]) -> Any:
 def _fields(call: Call, kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in given.items():
-        if value is None and (name in ("best_of", "max_completion_tokens", "messages") or name in kind.model_fields):
+        if value is None and (name in kind.model_fields or name in NEUTRAL or name in _NULL_ELSEWHERE):
             continue
         if name in SAYS_NOTHING:
             check_says_nothing(name, value)
-            continue
-        if value is None and name in NEUTRAL:
             continue
         if name in REFUSED or (name in _OF_NOTHING_HERE and not is_neutral(name, value)):
             raise invalid(f"{name} is not taken from clients here; leave it out", name, "unsupported_value")
