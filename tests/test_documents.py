@@ -10,10 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ import pytest
 from cluster.bundle.parsing import parse_manifest
 from compress_jobs.__main__ import make_parser
 from compress_jobs.commands.run_options import from_arguments
+from infra.ready import wait_until_ready
 from serve_app.arguments import known_keys, parse_arguments
 from serve_app.openai.requests import ChatRequest, CompletionRequest, parse_request
 from tests.support.documents import CODE, Document, all_documents
@@ -250,15 +248,7 @@ def test_the_application_is_started_and_asked_as_the_documents_say(shell: Path) 
     (start,) = starts
     # A Ray of its own, whatever else runs on this machine.
     with running(*start, cwd=shell, RAY_ADDRESS="local") as process:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                urllib.request.urlopen("http://127.0.0.1:8000/ready?all=1", timeout=5).close()
-                break
-            except (urllib.error.URLError, OSError) as error:
-                assert process.poll() is None, "serve run ended"
-                assert time.monotonic() < deadline, f"not ready: {error}"
-                time.sleep(0.5)
+        wait_until_ready("http://127.0.0.1:8000/ready?all=1", 300, lambda: process.poll() is None)
         for words in asked:
             answered = subprocess.run(
                 [*words, "-s", "--fail-with-body"], cwd=shell, capture_output=True, text=True, timeout=120

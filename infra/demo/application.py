@@ -7,10 +7,11 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from infra.ready import wait_until_ready
 
 REPOSITORY = Path(__file__).parent.parent.parent
 ZOO = REPOSITORY / "infra" / "zoo"
@@ -81,19 +82,11 @@ def running_application(out: Path, port: int) -> Iterator[Any]:
         ray.shutdown()
 
 
-def wait_until_ready(port: int) -> None:
-    import urllib.error
-    import urllib.request
-
-    deadline = time.monotonic() + STARTUP_TIMEOUT_S
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready?all=1", timeout=5):
-                return
-        except (urllib.error.URLError, OSError) as error:
-            if time.monotonic() > deadline:
-                sys.exit(f"demo: the application is not ready after {STARTUP_TIMEOUT_S} s: {error}")
-            time.sleep(0.5)
+def wait_for_application(port: int) -> None:
+    try:
+        wait_until_ready(f"http://127.0.0.1:{port}/ready?all=1", STARTUP_TIMEOUT_S)
+    except RuntimeError as error:
+        sys.exit(f"demo: {error}")
 
 
 def free_port() -> int:

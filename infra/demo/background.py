@@ -16,7 +16,7 @@ from infra.demo.application import (
     free_port,
     is_free,
     running_application,
-    wait_until_ready,
+    wait_for_application,
 )
 from infra.demo.comparison import read_questions
 
@@ -55,7 +55,7 @@ def serve_in_background() -> int:
 def serve_here(port: int) -> int:
     """The background process itself."""
     with running_application(SERVED / "bundle", port):
-        wait_until_ready(port)
+        wait_for_application(port)
         print("ready", flush=True)
         while True:
             time.sleep(3600)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.demo.application import BASE, NUM_CLUSTERS, RANK, ZOO, free_port, running_application, wait_until_ready
+from infra.demo.application import BASE, NUM_CLUSTERS, RANK, ZOO, free_port, running_application, wait_for_application
 
 QUESTIONS_EACH = 16
 MAX_TOKENS = 24
@@ -119,7 +119,7 @@ def demo() -> int:
         with running_application(out, port) as outcome:
             manifest, summary = outcome.manifest, outcome.summary
             print("\n".join(summary.lines(manifest)), flush=True)
-            wait_until_ready(port)
+            wait_for_application(port)
             print(f"\nasking {len(questions)} held-out questions, of all adapters at once", flush=True)
             served, base = ask_application(port, questions, manifest.base.name)
         print("asking PEFT the same, adapter by adapter", flush=True)

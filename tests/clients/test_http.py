@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import json
 import re
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from cluster.bundle.manifest import Manifest
 from cluster.bundle.revisions import object_key
 from cluster.errors import BaseModelError, ConfigError, PlacementError
 from serve_app.app import build
-from tests.support import serving
+from tests.support.application import PATIENCE_S, App, wait_until
 from tests.support.bundles import flip_a_byte, write_bundle
 from tests.support.malformed import BODIES, REQUESTS
 from tests.support.serving import ENGINE
@@ -41,7 +39,6 @@ RAW = {"first-letter": "first-letter", "broken": "date-us"}
 MODELS = [BASE, "first-letter", *(adapter_id for members in CLUSTERS.values() for adapter_id in members)]
 
 PAGE = "https://page.example.org"
-PATIENCE_S = 60.0 if ENGINE == "transformers" else serving.PATIENCE_S
 # vLLM takes the memory for keys and values at its start, and six of its engines must fit on one machine here.
 LIMITS: dict[str, Any] = {"limits.max_batch": 4} if ENGINE == "vllm" else {}
 
@@ -50,67 +47,6 @@ LIMITS: dict[str, Any] = {"limits.max_batch": 4} if ENGINE == "vllm" else {}
 class Bundle:
     path: Path
     manifest: Manifest
-
-
-@dataclass(frozen=True)
-class App:
-    """One deployed application; ``prefix`` is its route's."""
-
-    name: str
-    port: int
-    prefix: str
-
-    @property
-    def client(self) -> openai.OpenAI:
-        url = f"http://127.0.0.1:{self.port}{self.prefix}/v1"
-        return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE_S)
-
-    @contextlib.contextmanager
-    def open(
-        self, method: str, path: str, headers: dict[str, str] | None = None, body: bytes | None = None
-    ) -> Iterator[http.client.HTTPResponse]:
-        """A plain request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
-        with contextlib.closing(connection):
-            connection.request(method, self.prefix + path, body, headers or {})
-            yield connection.getresponse()
-
-    def call(self, method: str, path: str, body: bytes | None = None) -> tuple[int, dict[str, str], Any]:
-        """Status, headers (lower case) and body of it."""
-        with self.open(method, path, body=body) as answer:
-            headers = {name.lower(): value for name, value in answer.getheaders()}
-            return answer.status, headers, json.loads(answer.read())
-
-    def say(self, model: str, prompt: Any = "The answer is", **fields: Any) -> openai.types.Completion:
-        return self.client.completions.create(
-            model=model, prompt=prompt, **{"temperature": 0, "max_tokens": 6} | fields
-        )
-
-    def group(self, name: str) -> dict[str, Any]:
-        group: dict[str, Any] = self.call("GET", "/ready")[2]["groups"][name]
-        return group
-
-    @contextlib.contextmanager
-    def long_stream(self, model: str) -> Iterator[socket.socket]:
-        """A streamed request that has begun to answer and has very many tokens to go."""
-        fields = {"model": model, "prompt": "x", "max_tokens": 1900, "ignore_eos": True, "stream": True}
-        with contextlib.closing(self.send(fields)) as connection:
-            assert connection.recv(12) == b"HTTP/1.1 200"
-            yield connection
-
-    def send(self, fields: dict[str, Any]) -> socket.socket:
-        body = json.dumps(fields).encode()
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
-        head = f"POST {self.prefix}/v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
-        return connection
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +82,7 @@ def deploy(bundle: Bundle, base_path: Path, port: int) -> Callable[..., App]:
         prefix = f"/{name}"
         args = {"bundle": str(bundle.path), "base": str(base_path), "engine": ENGINE, **LIMITS, **options}
         serve.run(build(args), name=name, route_prefix=prefix)
-        app = App(name, port, prefix)
+        app = App(port, name, prefix)
         wait_until(lambda: app.call("GET", "/ready")[0] == 200 and all_seen(app))
         return app
 
@@ -406,7 +342,7 @@ def test_a_cluster_with_a_flipped_byte_is_503_for_its_adapters_and_the_other_clu
         name="halved",
         route_prefix="/halved",
     )
-    halved = App("halved", port, "/halved")
+    halved = App(port, "halved", "/halved")
     wait_until(lambda: halved.call("GET", "/ready")[0] == 200)
     for adapter in CLUSTERS["0"]:
         with pytest.raises(openai.APIStatusError) as caught:
@@ -716,7 +652,7 @@ def test_a_base_that_cannot_be_loaded_is_503_with_the_reason_and_no_failed_deplo
         name="baseless",
         route_prefix="/baseless",
     )
-    baseless = App("baseless", port, "/baseless")
+    baseless = App(port, "baseless", "/baseless")
     wait_until(lambda: "did not start" in str(baseless.call("GET", "/ready")[2]["homes"]))
     for model in ("add", BASE):
         with pytest.raises(openai.APIStatusError) as caught:
@@ -736,10 +672,20 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_starts(bundle: Bund
 
 
 def test_more_than_the_context_holds_has_openais_code(app: App) -> None:
-    for fields in ({"prompt": [5] * 2048}, {"prompt": "x", "max_tokens": 2048}):
+    too_long: list[dict[str, Any]] = [{"prompt": [5] * 2048}]
+    if ENGINE == "transformers":
+        too_long.append({"prompt": "x", "max_tokens": 2048})
+    for fields in too_long:
         with pytest.raises(openai.BadRequestError) as caught:
             app.say("add", **fields)
         assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.skipif(ENGINE != "vllm", reason="as vLLM's own server does; the other engine refuses it")
+def test_tokens_that_the_context_has_no_room_for_are_not_made(app: App) -> None:
+    answer = app.say("add", prompt=[5] * 2040, max_tokens=2048, extra_body={"ignore_eos": True})
+    assert answer.usage is not None
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (8, "length")
 
 
 @pytest.mark.skipif(ENGINE == "vllm", reason="that engine answers")

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import pytest
 from cluster.bundle.export import export_adapter
 from cluster.bundle.reading import Bundle
 from infra.bench.serving.http_rows import vllm_server_line
+from infra.ready import wait_until_ready
 from serve_app.engine.vllm.options import VllmSettings
 from tests.support.environments import environment
 from tests.support.jobs import FEW, copy_adapters, run_job
@@ -74,14 +74,7 @@ def urls(tmp_path_factory: pytest.TempPathFactory, base_path: Path, zoo_path: Pa
 def own_server(line: list[str], url: str) -> Iterator[None]:
     process = subprocess.Popen(line, env=os.environ | {"VLLM_NO_USAGE_STATS": "1"})
     try:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                break
-            assert process.poll() is None, "vLLM's server ended"
-            assert time.monotonic() < deadline, "vLLM's server did not come up"
-            time.sleep(0.5)
+        wait_until_ready(f"{url}/health", PATIENCE_S, lambda: process.poll() is None)
         yield
     finally:
         process.terminate()

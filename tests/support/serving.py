@@ -6,8 +6,6 @@ import contextlib
 import os
 import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +18,7 @@ from peft import PeftModel
 from ray import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from infra.ready import wait_until_ready
 from serve_app.app import build
 
 # ENGINE=vllm runs the tests that stand on this file with the other engine, which takes its time to start.
@@ -49,14 +48,7 @@ def application(port: int, **args: Any) -> Iterator[openai.OpenAI]:
     name = f"app-{time.monotonic_ns()}"
     serve.run(build({"engine": ENGINE, **args}), name=name, route_prefix=f"/{name}")
     url = f"http://127.0.0.1:{port}/{name}"
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            urllib.request.urlopen(f"{url}/ready?all=1", timeout=10).close()
-            break
-        except (urllib.error.URLError, OSError) as error:
-            assert time.monotonic() < deadline, f"not ready: {error}"
-            time.sleep(0.2)
+    wait_until_ready(f"{url}/ready?all=1", PATIENCE_S)
     try:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
     finally:

@@ -32,9 +32,9 @@ from cluster.bundle.reading import Bundle
 from infra.bench.homes import write_bundle, write_cores
 from infra.bench.http import load, processes
 from infra.bench.http.free_engine import STEP_SETTING
-from infra.bench.http.stack import wait_until_ready
-from infra.bench.serving.http_rows import vllm_server_line
+from infra.bench.serving.http_rows import START_TIMEOUT_S, vllm_server_line
 from infra.demo.application import free_port
+from infra.ready import wait_until_ready
 from serve_app.engine.vllm.options import VllmSettings
 
 NUM_ADAPTERS = 16
@@ -92,7 +92,8 @@ def running(row: Row, base: Path, bundle: Bundle, step_s: float) -> Iterator[tup
     environment = os.environ | {STEP_SETTING: str(step_s)}
     process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=sys.stderr, env=environment)
     try:
-        wait_until_ready(f"http://127.0.0.1:{port}/{'health' if row.engine is None else 'ready?all=1'}")
+        path = "health" if row.engine is None else "ready?all=1"
+        wait_until_ready(f"http://127.0.0.1:{port}/{path}", START_TIMEOUT_S, lambda: process.poll() is None)
         yield process.pid, port, models
     finally:
         assert process.stdin is not None

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator
+from unittest import mock
 
 from cluster.bundle.reading import Bundle
 from cluster.bundle.serving_map import ServingMap
 from serve_app.engine.home_states import READY
 from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationRequest
-from serve_app.replica.answering import EngineAnswers
-from serve_app.replica.carrier import Carriers
 from serve_app.replica.replica import GroupReplica, ReplicaSpec
 
 STEP_SETTING = "CTS_BENCH_STEP_S"
@@ -64,9 +63,10 @@ class FreeReplica(GroupReplica):
     """A replica with that engine and no base."""
 
     async def __init__(self, spec: ReplicaSpec) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._spec, self._failure = spec, None
-        serving_map = Bundle.open(spec.bundle, spec.revision).serving_map
-        self._carriers = Carriers()
-        engine = FreeEngine(serving_map, spec.homes, float(os.environ[STEP_SETTING]))
-        await engine.start()
-        self._engine, self._answers = engine, EngineAnswers(engine)
+        with mock.patch("serve_app.replica.replica.make_engine", _make_engine):
+            await super().__init__(spec)
+
+
+def _make_engine(spec: ReplicaSpec) -> FreeEngine:
+    serving_map = Bundle.open(spec.bundle, spec.revision).serving_map
+    return FreeEngine(serving_map, spec.homes, float(os.environ[STEP_SETTING]))

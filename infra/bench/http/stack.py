@@ -1,6 +1,6 @@
 """One stack in a process of its own, for Serve reads its settings once: python -m infra.bench.http.stack --help
 
-Says "ready" when every home is, and ends when its standard input does.
+Ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -8,16 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import urllib.error
-import urllib.request
-from time import monotonic, sleep
 from typing import Any
 from unittest import mock
 
 from infra.demo.application import SERVE_SETTINGS
 
 HAPROXY_SETTINGS = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_HA_PROXY": "1"}
-START_TIMEOUT_S = 300
 
 
 def main() -> None:
@@ -60,23 +56,9 @@ def serve_all(args: argparse.Namespace) -> None:
         with mock.patch("serve_app.app.GroupReplica", own):
             application = app.build(arguments)
         serve.run(application, name="bench")
-        wait_until_ready(f"http://127.0.0.1:{args.port}/ready?all=1")
-        print("ready", flush=True)
         sys.stdin.read()
     finally:
         ray.shutdown()
-
-
-def wait_until_ready(url: str) -> None:
-    deadline = monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError) as error:
-            if monotonic() > deadline:
-                sys.exit(f"{url}: not ready after {START_TIMEOUT_S} s: {error}")
-            sleep(0.5)
 
 
 if __name__ == "__main__":

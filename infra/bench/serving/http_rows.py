@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import openai
 from cluster.bundle.reading import Bundle
 from infra.bench.serving.load import Question
 from infra.demo.application import free_port, set_up_serve
+from infra.ready import wait_until_ready
 from serve_app.engine.vllm.options import VllmSettings, base_options
 
 START_TIMEOUT_S = 300
@@ -63,7 +61,8 @@ async def start_vllm_server(name: str, base: Path, settings: VllmSettings) -> Ht
         process.wait()
 
     try:
-        await _until_ready(f"http://127.0.0.1:{port}/health", lambda: process.poll() is None)
+        url = f"http://127.0.0.1:{port}/health"
+        await asyncio.to_thread(wait_until_ready, url, START_TIMEOUT_S, lambda: process.poll() is None)
     except BaseException:
         stop()
         raise
@@ -114,23 +113,10 @@ async def start_stack(
 
     try:
         await asyncio.to_thread(start)
-        await _until_ready(f"http://127.0.0.1:{port}/ready?all=1", lambda: True)
+        await asyncio.to_thread(wait_until_ready, f"http://127.0.0.1:{port}/ready?all=1", START_TIMEOUT_S)
     except BaseException:
         ray.shutdown()
         raise
     url, seconds = f"http://127.0.0.1:{port}/v1", time.perf_counter() - began
     models: list[Sequence[str]] = [[bundle.manifest.base.name], adapters]
     return [HttpRow(name, url, own, seconds, ray.shutdown) for name, own in zip(names, models, strict=True)]
-
-
-async def _until_ready(url: str, is_alive: Callable[[], bool]) -> None:
-    def look() -> bool:
-        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=5):
-            return True
-        return False
-
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not await asyncio.to_thread(look):
-        if not is_alive() or time.monotonic() > deadline:
-            raise RuntimeError(f"{url}: the server did not come up; its log is on stderr")
-        await asyncio.sleep(0.5)
