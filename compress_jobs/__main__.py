@@ -26,6 +26,7 @@ try:
         run,
         show,
         sweep,
+        watch,
     )
 except ModuleNotFoundError as missing:  # on a Ray node whose image lacks the requirements
     if __name__ != "__main__":
@@ -35,7 +36,7 @@ except ModuleNotFoundError as missing:  # on a Ray node whose image lacks the re
 
 _DESCRIPTION = "Compress a collection of LoRA adapters, look at a bundle, change what it serves."
 
-COMMANDS = (run, plan, show, report, export, evaluate, sweep, add, remove, rollback, compact, gc)
+COMMANDS = (run, plan, show, report, export, evaluate, sweep, add, remove, rollback, watch, compact, gc)
 """Modules with ``add_parser(commands)``, which names the function to ``execute``; in the order of ``--help``."""
 
 

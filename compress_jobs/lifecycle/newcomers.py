@@ -56,8 +56,8 @@ class Graded:
         return arrived + brought + refusal_lines(self.refused) + remedy_lines(self.refused)
 
 
-def read_collection(source: Source, manifest: Manifest) -> tuple[BaseModel, dict[str, AdapterFiles]]:
-    """The base, which must be the bundle's, and the collection's folders by id."""
+def read_collection(source: Source, manifest: Manifest, tell: bool = True) -> tuple[BaseModel, dict[str, AdapterFiles]]:
+    """The base, which must be the bundle's, and the collection's folders by id; ``tell``: what is left out of it."""
     accepted = (*manifest.base.accepted, *source.accept_base)
     base = read_base(source.base, name=manifest.base.name, accept=accepted)
     if base.fingerprint != manifest.base.fingerprint:
@@ -67,8 +67,9 @@ def read_collection(source: Source, manifest: Manifest) -> tuple[BaseModel, dict
         )
     known = {*manifest.adapters, *source.ids, *source.restore}
     listing = list_collection(source.adapters, source.layout(manifest), known)
-    say(*listing.left_out_lines())
-    say_untold(base, source.base, listing.adapters)
+    if tell:
+        say(*listing.left_out_lines())
+        say_untold(base, source.base, listing.adapters)
     return base, {files.adapter_id: files for files in listing.adapters}
 
 
