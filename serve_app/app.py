@@ -35,7 +35,8 @@ ROUTER_CPUS = 0.1
 # own limit must never show: it would hold requests back without a word, where the router says 429.
 SPARE_CALLS = 64
 SPARE_REQUESTS = 1024
-HEALTH_CHECK_PERIOD_S = 2
+# Serve replaces a replica that failed three in a row: one that hangs within some 30 seconds.
+HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2, 8
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -52,7 +53,9 @@ def build(args: dict[str, Any]) -> Application:
     engine = choose_engine(arguments.engine)
     if engine != "vllm" and arguments.vllm != VllmArguments():
         raise ConfigError(f"arguments vllm.* are of the engine vllm, and the engine is {engine}; leave them out")
-    specs = [replica_spec(arguments, bundle, base, group, engine, device, dtype) for group in groups]
+    follows = arguments.revision is None
+    homes = {group.name: group.homes for group in groups}
+    specs = [replica_spec(arguments, bundle, base, group, homes, engine, device, dtype) for group in groups]
     handles = {
         spec.name: replica_deployment(arguments, spec, group.replicas).bind(spec)
         for spec, group in zip(specs, groups, strict=True)
@@ -61,12 +64,13 @@ def build(args: dict[str, Any]) -> Application:
     router = RouterSpec(
         bundle=bundle.address,
         revision=bundle.manifest.revision,
-        homes={group.name: group.homes for group in groups},
+        homes=homes,
         max_inflight=arguments.inflight_of_a_router,
         max_prompts=limits.max_prompts,
         request_timeout_s=limits.request_timeout_s,
         sse_keep_alive_s=arguments.http.sse_keep_alive_s,
         max_model_len=limits.max_model_len,
+        refresh_interval_s=arguments.refresh_interval_s if follows else None,
         adapter_chat_templates=arguments.adapter_chat_templates,
     )
     origins = arguments.http.allowed_origins
@@ -101,20 +105,29 @@ def plan(arguments: Arguments, manifest: Manifest, base: str, device: str, dtype
 
 
 def replica_spec(
-    arguments: Arguments, bundle: Bundle, base: str, group: Group, engine: str, device: str, dtype: str
+    arguments: Arguments,
+    bundle: Bundle,
+    base: str,
+    group: Group,
+    homes: Mapping[str, tuple[str, ...]],
+    engine: str,
+    device: str,
+    dtype: str,
 ) -> ReplicaSpec:
     return ReplicaSpec(
         name=group.name,
         bundle=bundle.address,
         revision=bundle.manifest.revision,
         base=base,
-        homes=group.homes,
+        homes=homes,
         engine=engine,
         device=device,
         dtype=dtype,
         max_batch=arguments.limits.max_batch,
         max_model_len=arguments.limits.max_model_len,
         num_threads=max(1, int(arguments.placement.num_cpus)),
+        headroom=arguments.placement.headroom,
+        follows=arguments.revision is None,
         adapter_chat_templates=arguments.adapter_chat_templates,
         vllm=arguments.vllm,
     )
@@ -131,6 +144,7 @@ def replica_deployment(arguments: Arguments, spec: ReplicaSpec, replicas: int) -
         },
         max_ongoing_requests=arguments.limits.max_inflight + SPARE_CALLS,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=5,
         # The router asks for the status every second.
         logging_config=LoggingConfig(enable_access_log=False),

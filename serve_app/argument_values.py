@@ -57,6 +57,11 @@ def positive(value: Any) -> float:
     return number
 
 
+def share(value: Any) -> float:
+    """From 0 on; more than 1 is allowed."""
+    return 0.0 if value in (0, "0") else positive(value)
+
+
 def origins(value: Any) -> tuple[str, ...]:
     """A list, or its items with commas between them, as a command line has it."""
     items = value.split(",") if isinstance(value, str) else value

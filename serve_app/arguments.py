@@ -12,7 +12,19 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from cluster.errors import ConfigError
-from serve_app.argument_values import Parser, at_most, auto_or, one_of, origins, positive, size, text, whole, yes_or_no
+from serve_app.argument_values import (
+    Parser,
+    at_most,
+    auto_or,
+    one_of,
+    origins,
+    positive,
+    share,
+    size,
+    text,
+    whole,
+    yes_or_no,
+)
 
 ENGINES = ("auto", "transformers", "vllm")
 DEVICES = ("auto", "cpu", "cuda")
@@ -31,7 +43,8 @@ class PlacementArguments:
     """How the bundle's clusters are laid over groups, and what each replica asks of the Ray cluster.
 
     ``devices`` is how many replicas can be held (GPUs, or machines on CPU), ``replicas`` and ``num_cpus``
-    are of each group, ``device_memory`` is bytes of one device.
+    are of each group, ``device_memory`` is bytes of one device. ``headroom`` is the share of its adapters for which
+    each replica has room besides, for those that the next revision changes or adds.
     """
 
     clusters_per_group: Annotated[int | Auto, auto_or(whole(1))] = "auto"
@@ -39,6 +52,7 @@ class PlacementArguments:
     replicas: Annotated[int, whole(1)] = 1
     num_cpus: Annotated[float, positive] = 1.0
     device_memory: Annotated[int | Auto, auto_or(size)] = "auto"
+    headroom: Annotated[float, share] = 0.25
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,8 @@ class VllmArguments:
 class Arguments:
     """``bundle`` is ``<out>`` or ``<out>/bundles/<id>``; ``base`` a local folder, an ``s3://`` prefix or a hub id.
     ``adapter_chat_templates``: chats of an adapter that brought a template go through that, else through the base's.
+    CURRENT is looked at every ``refresh_interval_s`` seconds, and its next revision of the bundle served; not where
+    ``revision`` pins one.
     ``routers`` share what a group admits: each has its part of ``limits.max_inflight``."""
 
     bundle: Annotated[str, text]
@@ -92,6 +108,7 @@ class Arguments:
     device: Annotated[str, one_of(*DEVICES)] = "auto"
     dtype: Annotated[str, one_of(*DTYPES)] = "auto"
     adapter_chat_templates: Annotated[bool, yes_or_no] = True
+    refresh_interval_s: Annotated[float, positive] = 5.0
     routers: Annotated[int, whole(1)] = 1
     placement: PlacementArguments = field(default_factory=PlacementArguments)
     limits: LimitArguments = field(default_factory=LimitArguments)

@@ -6,6 +6,7 @@ A plan that does not fit is refused here, before anything starts.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,25 @@ def plan_groups(
 def _put(home: str, index: int, members: list[list[str]], filled: list[int], sizes: Mapping[str, int]) -> None:
     members[index].append(home)
     filled[index] += sizes[home]
+
+
+def homes_by_group(planned: Mapping[str, Sequence[str]], serving_map: ServingMap) -> dict[str, tuple[str, ...]]:
+    """Group -> its homes in any revision of the bundle that was ``planned`` (group -> homes).
+
+    A home that the plan has stays where it is. One that came later goes to the group that its name hashes highest with,
+    so that routers and replicas agree without a word, whatever revisions they have seen (rendezvous hashing, Thaler and
+    Ravishankar 1998).
+    """
+    groups = {home: group for group, homes in planned.items() for home in homes}
+
+    def weight(group: str, home: str) -> bytes:
+        return hashlib.sha256(f"{group} {home}".encode()).digest()
+
+    found: dict[str, list[str]] = {group: [] for group in planned}
+    for home in serving_map.homes():
+        group = groups.get(home)
+        found[group if group is not None else max(planned, key=lambda own: weight(own, home))].append(home)
+    return {group: tuple(homes) for group, homes in found.items()}
 
 
 def count_needs(config: Mapping[str, Any], stored_bytes: int, dtype: str, max_batch: int, max_model_len: int) -> Needs:

@@ -70,6 +70,7 @@ def test_the_version_stands_in_one_place_and_in_the_changelog() -> None:
     assert said.stdout == f"compress-then-serve {version}\n"
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_a_collection_is_compressed_by_what_the_wheel_holds(unpacked: Path, base_path: Path, tmp_path: Path) -> None:
     """With this environment's libraries, and nothing of this checkout on the path."""

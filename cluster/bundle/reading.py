@@ -35,6 +35,13 @@ class LoadedHome:
 _PINNED = re.compile(r"(?P<out>.+)/bundles/(?P<bundle>b-[0-9a-f]{16})/?")
 
 
+def pinned_bundle(address: str) -> tuple[Store, str]:
+    """The store and the bundle that ``address`` pins. Raises ConfigError where it pins none."""
+    if (pinned := _PINNED.fullmatch(address)) is None:
+        raise ConfigError(f"{address}: expected <out>/bundles/<bundle_id>")
+    return open_store(pinned["out"]), pinned["bundle"]
+
+
 class Bundle:
     """One revision, open for reading. Picklable by its ``address`` (see ``open``)."""
 
@@ -58,7 +65,7 @@ class Bundle:
         store = open_store(pinned["out"] if pinned else address)
         if pinned:
             bundle = pinned["bundle"]
-            number = _standing_revision(store, bundle) if revision is None else revision
+            number = standing_revision(store, bundle) if revision is None else revision
         else:
             try:
                 current, _ = parse_current(store, store.read("CURRENT"))
@@ -131,12 +138,18 @@ class Bundle:
         return FactorsObject(str(adapter.factors), int(adapter.rank or 0), f"adapter {adapter_id} of {self.address}")
 
 
-def _standing_revision(store: Store, bundle: str) -> int:
-    """What a bundle is opened at: were it the newest always, a rollback would mean nothing to who pins the bundle."""
+def current_revision(store: Store, bundle: str) -> int | None:
+    """CURRENT's revision of ``bundle``; None where CURRENT names another, or nothing is published. Raises StoreError,
+    BundleError."""
+    current = read_current(store)
+    return current[0].revision if current is not None and current[0].bundle == bundle else None
+
+
+def standing_revision(store: Store, bundle: str) -> int:
+    """What a bundle is opened at: CURRENT's revision of it, else its newest. Were it the newest always, a rollback
+    would mean nothing to who pins the bundle. Raises StoreError."""
     try:
-        current = read_current(store)
+        current = current_revision(store, bundle)
     except BundleError:  # a damaged CURRENT says nothing about this bundle
         current = None
-    if current is not None and current[0].bundle == bundle:
-        return current[0].revision
-    return newest_revision(store, bundle)
+    return newest_revision(store, bundle) if current is None else current

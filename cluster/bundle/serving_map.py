@@ -8,6 +8,7 @@ larger than what a group can well take on top.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,11 @@ def factors_rank(home: str) -> int | None:
     """The rank of a factors home's adapters, None for a cluster."""
     kind, _, name = home.partition(":")
     return int(name.partition(".")[0]) if kind == "factors" else None
+
+
+def home_of(content: str) -> str:
+    """The home that ``ServingMap.by_content`` named so."""
+    return content.rpartition("@")[0]
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,18 @@ class ServingMap:
     def homes(self) -> list[str]:
         """Every home once, clusters first."""
         return sorted(self._members)
+
+    def by_content(self) -> ServingMap:
+        """The same, each home named by what is in it too: ``cluster:0@5c1f09...``. What two revisions have in common
+        has one name; ``home_of`` takes it back."""
+        names = {home: f"{home}@{self._digest(home)}" for home in self._members}
+        entries = {i: replace(adapter, home=names[adapter.home]) for i, adapter in self.adapters.items()}
+        return ServingMap(self.base_name, MappingProxyType(entries))
+
+    def _digest(self, home: str) -> str:
+        # A served revision is a hash of all that its adapter is answered with, the basis included.
+        placed = sorted((slot, self.adapters[adapter_id].served) for slot, adapter_id in self.members(home).items())
+        return hashlib.sha256(repr(placed).encode()).hexdigest()[:16]
 
     @cached_property
     def _members(self) -> dict[str, dict[int, str]]:

@@ -4,7 +4,7 @@ An engine imports no Ray and no HTTP: it must run on a machine that has only tor
 
 A **home** is what has to be resident for an adapter to be answered: its cluster, or, for a truncated or raw adapter,
 the stack of factors that it has a slot in. Homes are named as in ``cluster.bundle.serving_map``: ``cluster:0``,
-``factors:2.0``.
+``factors:2.0``. An engine holds one revision of its bundle or several; of one adapter two may be in one batch.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cluster.bundle.serving_map import ServingMap
+from cluster.bundle.serving_map import ServedAdapter
+from serve_app.engine.revisions import Revision, RevisionHealth
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
     """One sequence to continue.
 
-    ``adapter`` is an adapter id, or None for the base model. Exactly one of ``prompt`` (text, tokenized as
+    ``adapter`` is an adapter id, or None for the base model; ``revision`` the bundle's that it is meant of, None for
+    the one that came last. Exactly one of ``prompt`` (text, tokenized as
     it stands with the tokenizer's own special tokens), ``prompt_token_ids`` and ``messages`` (chat, through
     the adapter's own chat template where it brought one, else the base's) is set. ``max_tokens`` None means: up to the
     context's end.
@@ -54,6 +56,7 @@ class GenerationRequest:
     json_schema: str | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    revision: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,42 +88,42 @@ class GenerationChunk:
 
 @dataclass(frozen=True)
 class EngineHealth:
-    """``homes`` maps each home this engine was given to "ready" or to the reason it is unavailable; ``adapters`` those
-    that are unavailable in a home that is ready to the reason.
-
-    ``num_running`` requests are in the batch, ``num_waiting`` wait for a place in it.
-    """
+    """``revisions`` are those that can be asked for. ``num_running`` requests are in the batch, ``num_waiting`` wait
+    for a place in it."""
 
     alive: bool
-    homes: dict[str, str] = field(default_factory=dict)
-    adapters: dict[str, str] = field(default_factory=dict)
+    revisions: dict[int, RevisionHealth] = field(default_factory=dict)
     num_running: int = 0
     num_waiting: int = 0
 
 
 class Engine(Protocol):
-    """``generate`` raises RequestError for a request it cannot answer, UnknownAdapter for an adapter that
-    is not in its map, HomeUnavailable for one that failed, or whose home did or was detached. All three are raised
+    """``generate`` raises RequestError for a request it cannot answer, UnknownAdapter for an adapter that is not in the
+    revision, HomeUnavailable for one that failed, or whose home did, and for a revision that is not held. They come
     before the first chunk. EngineStopped, and ServeError for an answer that failed, may come at any time.
     Closing the stream (aclose, or cancelling its consumer) frees the batch row.
     """
 
-    @property
-    def serving_map(self) -> ServingMap:
-        """What it answers with."""
-
     async def start(self) -> None:
-        """Load the base and attach the homes the engine was made with. A home that fails, and an adapter of a home
+        """Load the base and the revision the engine was made with. A home that fails, and an adapter of a home
         that does not, is recorded as unavailable in ``health`` and never raised; a base that fails is raised."""
+
+    def find(self, adapter_id: str, revision: int | None = None) -> ServedAdapter:
+        """As that revision has it (None: the one that came last). Raises UnknownAdapter, HomeUnavailable."""
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]: ...
 
-    async def attach(self, home: str) -> None:
-        """Make ``home`` resident. Raises BundleError or StoreError, and records the reason in ``health``."""
+    async def take_up(self, revision: Revision) -> None:
+        """Hold this revision too: what it has in common with others is there already. Raises BundleError or StoreError
+        where anything of it fails that did not fail before; then it is not held. One that is held already: what failed
+        is tried again, recorded and not raised. Not beside another such call."""
 
-    async def detach(self, home: str) -> None:
-        """Forget ``home``; requests already running on it finish first, new ones get HomeUnavailable."""
+    async def release(self, number: int) -> None:
+        """Forget this revision, and what no other has; requests already running on it finish first."""
 
     def health(self) -> EngineHealth: ...
+
+    async def ping(self) -> None:
+        """Returns when the engine's loop has come round: never where a step hangs. Raises EngineStopped."""
 
     async def stop(self) -> None: ...

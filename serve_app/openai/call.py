@@ -29,14 +29,15 @@ class Envelope:
 
 @dataclass(frozen=True)
 class Call:
-    """``adapter`` None is the base; ``served`` is the revision that the router's map has of it. ``router`` asks, for
-    ``num_sequences``."""
+    """``adapter`` None is the base; ``served`` is the revision that the router's map has of it, and that map is of the
+    bundle's ``revision``. ``router`` asks, for ``num_sequences``."""
 
     endpoint: Endpoint
     body: bytes
     answer_id: str
     adapter: str | None
     served: str
+    revision: int
     router: str = ""
     num_sequences: int = 1
 
@@ -51,13 +52,14 @@ class Reply:
 
 @dataclass(frozen=True)
 class Carried:
-    """The first piece of a stream whose others come by the router's carrier."""
+    """The first piece of a stream whose others come by the carrier that ``replica`` has open to the router."""
 
     piece: bytes
+    replica: str
 
 
 Message = list[tuple[str, Reply | bytes | None]]
-"""By a carrier: answer id, and a piece of it; None: its end."""
+"""By a carrier: answer id, and a piece of it; None: its end. The first one has the replica's name, for no answer."""
 
 
 def read_object(body: bytes) -> dict[str, Any]:

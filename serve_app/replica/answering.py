@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Protocol, TypeVar, cast
 
 from serve_app.engine.protocol import Engine, GenerationChunk
@@ -84,7 +85,9 @@ class EngineAnswers:
             told = f"POST /{call.endpoint} is answered by the vLLM engine alone (engine=vllm)"
             raise invalid(told, code="unsupported_value")
         request = parse_request(_KINDS[call.endpoint], call.body)
-        sequences = request.generations(call.answer_id, call.adapter)
+        sequences = [
+            replace(sequence, revision=call.revision) for sequence in request.generations(call.answer_id, call.adapter)
+        ]
         answering = Answering(
             id=call.answer_id,
             model=request.model,

@@ -20,25 +20,29 @@ MOST_BYTES = 1 << 20
 
 
 class Carriers:
-    """The open ones, by router."""
+    """The open ones, by router. ``replica`` is this one's name."""
 
-    def __init__(self) -> None:
+    def __init__(self, replica: str) -> None:
+        self._replica = replica
         self._open: dict[str, _Carrier] = {}
 
     async def carry(self, router: str) -> AsyncGenerator[Message, None]:
-        """An empty message, then whatever is said. Ends when nothing has used it for a while; after the first message
+        """The replica's name, then whatever is said. Ends when nothing has used it for a while; after the first message
         where there is one already."""
         if router in self._open:
-            yield []  # Serve takes a stream without any for a failure
+            yield self._hello()  # Serve takes a stream without any for a failure
             return
         carrier = self._open[router] = _Carrier()
         try:
-            yield []
+            yield self._hello()
             async for message in carrier.messages():
                 yield message
         finally:
             del self._open[router]
             carrier.lose()
+
+    def _hello(self) -> Message:
+        return [("", self._replica.encode())]
 
     async def send(
         self, call: Call, pieces: AsyncGenerator[Reply | bytes, None]
@@ -58,7 +62,7 @@ class Carriers:
             with carrier:
                 begun, *rest = _parts(first)
                 assert isinstance(begun, bytes)
-                yield Carried(begun)
+                yield Carried(begun, self._replica)
                 for part in rest:
                     carrier.say(call.answer_id, part)
                 async for piece in pieces:

@@ -57,16 +57,16 @@ class VllmAnswers:
     vLLM does not take."""
 
     def __init__(self, engine: VllmEngine, arguments: VllmArguments) -> None:
-        self._engine, self._map = engine, engine.serving_map
+        self._engine = engine
         try:
-            self._make_serving(arguments)
+            self._make_serving(arguments, engine.base_name)
         except (KeyError, OSError, TypeError, ValueError, VLLMValidationError) as error:
             given = ", ".join(f"vllm.{name} {value!r}" for name, value in vars(arguments).items() if value)
             raise ConfigError(f"vLLM does not take its arguments ({given}): {error}") from error
 
-    def _make_serving(self, arguments: VllmArguments) -> None:
+    def _make_serving(self, arguments: VllmArguments, base_name: str) -> None:
         llm = self._engine.llm
-        models = _Models(llm, [BaseModelPath(self._map.base_name, self._map.base_name)])
+        models = _Models(llm, [BaseModelPath(base_name, base_name)])
         models.lora_requests = _LoraRequests(self._engine)
         template: dict[str, Any] = {
             "request_logger": None,
@@ -122,11 +122,11 @@ class VllmAnswers:
             yield self._refusal(call, error)
 
     def _served(self, call: Call) -> ServedAdapter | None:
-        return None if call.adapter is None else self._map.find(call.adapter)
+        return None if call.adapter is None else self._engine.find(call.adapter, call.revision)
 
     async def _create(self, call: Call) -> Any:
         """vLLM's whole answer, or its generator of events. Raises ApiError, and whatever vLLM raises."""
-        request, fields = make_request(call, self._map.base_name, self._engine.llm.model_config.get_vocab_size())
+        request, fields = make_request(call, self._engine.base_name, self._engine.llm.model_config.get_vocab_size())
         if stops := getattr(request, "stop", None):
             special = self._engine.special_stops([stops] if isinstance(stops, str) else stops)
             if special and request.skip_special_tokens:
@@ -182,22 +182,22 @@ class _Models(OpenAIServingModels):
 
 
 class _LoraRequests(Mapping[str, Any]):
-    """Adapter id -> vLLM's request for it, made when it is asked for."""
+    """An adapter at a revision, as make_request calls it, -> vLLM's request for it, made when it is asked for."""
 
     def __init__(self, engine: VllmEngine) -> None:
-        self._engine, self._map = engine, engine.serving_map
+        self._engine = engine
 
-    def __getitem__(self, adapter_id: str) -> Any:
-        return self._engine.lora_request(self._map.adapters[adapter_id])
-
-    def __contains__(self, adapter_id: object) -> bool:
-        return adapter_id in self._map.adapters
+    def __getitem__(self, model: str) -> Any:
+        adapter_id, at, revision = model.rpartition("#")
+        if not at:
+            raise KeyError(model)  # the base's name
+        return self._engine.lora_request(self._engine.find(adapter_id, int(revision)))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._map.adapters)
+        return iter(())  # nobody lists them here
 
     def __len__(self) -> int:
-        return len(self._map.adapters)
+        return 0
 
     def values(self) -> Any:
         return ()  # vLLM looks for adapters by the kind of a message's content in them: there are none here

@@ -68,7 +68,7 @@ def make_request(call: Call, base_name: str, vocab_size: int) -> tuple[Any, dict
     for message in fields.get("messages") or ():
         if isinstance(message, dict) and message.get("role") == "developer":
             message["role"] = "system"
-    fields["model"] = call.adapter or base_name
+    fields["model"] = base_name if call.adapter is None else f"{call.adapter}#{call.revision}"
     if "request_id" in kind.model_fields:
         fields["request_id"] = call.answer_id.partition("-")[2]
     stops = fields.get("stop")

@@ -20,10 +20,12 @@ logger = logging.getLogger("ray.serve")
 
 
 class Carrying:
-    """Of one group. ``open`` calls a replica for a carrier; ``seen`` is told that something came, ``lost`` that one
-    which was open broke: nobody knows what it had on it."""
+    """Of one group. ``open`` calls a replica for a carrier; ``seen`` is told that something came, ``lost`` that the one
+    of a replica broke: nobody knows what it had on it."""
 
-    def __init__(self, name: str, open: Callable[[], Any], seen: Callable[[], None], lost: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, open: Callable[[], Any], seen: Callable[[], None], lost: Callable[[str], None]
+    ) -> None:
         self._name, self._open, self._seen, self._lost = name, open, seen, lost
         self._queues: dict[str, Queue] = {}
         self._wanted = asyncio.Event()
@@ -55,20 +57,23 @@ class Carrying:
             del self._queues[answer_id]
 
     async def _receive(self) -> None:
-        is_open, response = False, None
+        replica, response = None, None
         try:
             response = self._open()
             async for message in response:
-                is_open, self._is_opening = True, False
                 self._seen()
+                if replica is None:
+                    [(_, name)] = message
+                    replica, self._is_opening = name.decode(), False
+                    continue
                 for answer_id, piece in message:
                     # Of one that was given up something may still be under way.
                     if (queue := self._queues.get(answer_id)) is not None:
                         queue.put_nowait(piece)
         except Exception as error:
-            logger.warning("%s: a carrier %s: %s", self._name, "is lost" if is_open else "did not open", error)
-            if is_open:
-                self._lost()
+            logger.warning("%s: a carrier %s: %s", self._name, "is lost" if replica else "did not open", error)
+            if replica is not None:
+                self._lost(replica)
         finally:
             self._is_opening = False
             if response is not None:

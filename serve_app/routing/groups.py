@@ -10,122 +10,204 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException, RequestCancelledError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.bundle.serving_map import ServedAdapter
 from cluster.errors import HomeUnavailable
-from serve_app.engine.home_states import READY
-from serve_app.engine.protocol import EngineHealth
+from serve_app.engine.revisions import READY, RevisionHealth
 from serve_app.openai.call import Call, Carried, Reply
 from serve_app.openai.errors import overloaded
 from serve_app.routing.carrying import Carrying, carried
+from serve_app.routing.following import ReplicaStatus, RouterState
 from serve_app.routing.interruption import Interruption
+from serve_app.routing.retries import RetryBudget
 
-POLL_INTERVAL_S = 1.0
 # A busy replica on few cores may be slow to say how it is; its chunks count as signs of life too.
-SILENCE_S = 10.0
+SILENCE_S, PATIENCE_S = 10.0, 5.0
+UNAVAILABLE = 503  # of one replica: another may do better
 
 logger = logging.getLogger("ray.serve")
 
 
-class GroupClient:
-    """``num_inflight`` sequences of this router run or wait in the group; never more than ``max_inflight``."""
+class ReplicaLost(HomeUnavailable):
+    """The one that was asked; another may be there."""
 
-    def __init__(
-        self, name: str, homes: Sequence[str], handle: DeploymentHandle[Any], max_inflight: int, router: str
-    ) -> None:
-        self.name, self.homes, self.max_inflight = name, tuple(homes), max_inflight
+
+class GroupClient:
+    """``num_inflight`` sequences of this router run or wait in the group; never more than ``max_inflight``.
+    ``replicas``: what each said last."""
+
+    def __init__(self, name: str, handle: DeploymentHandle[Any], max_inflight: int, router: str) -> None:
+        self.name, self.max_inflight = name, max_inflight
         self.num_inflight = 0
-        self.health = EngineHealth(alive=False)
+        self.replicas: list[ReplicaStatus] = []
+        self.has_been_asked, self.is_suspect = asyncio.Event(), asyncio.Event()
         self._handle = handle
         self._stream = handle.options(stream=True)
         self._reason = "starting"
         self._seen_at = time.monotonic()
         self._calls: set[Interruption] = set()
-        self.carrying = Carrying(name, lambda: self._stream.carry.remote(router), self._saw, self._lose_replica)
-        self.alive = False
+        self._carried: dict[str, set[Interruption]] = {}  # by the replica whose carrier they are on
+        self._retries = RetryBudget()
+        self.carrying = Carrying(name, lambda: self._stream.carry.remote(router), self._saw, self._lose_carrier)
 
-    def home_state(self, home: str) -> str:
-        """READY, or why the home cannot be asked."""
+    @property
+    def alive(self) -> bool:
+        return any(replica.health.alive for replica in self.replicas)
+
+    @property
+    def num_running(self) -> int:
+        return sum(replica.health.num_running for replica in self.replicas)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(replica.health.num_waiting for replica in self.replicas)
+
+    def home_state(self, home: str, revision: int) -> str:
+        """READY where a replica can be asked for it, or why none can."""
         if not self.alive:
-            return self.health.homes.get(home, f"{self.name}: {self._reason}")
-        return self.health.homes.get(home, f"{self.name} does not hold it")
+            return f"{self.name}: {self._reason}"
+        states = [health.homes.get(home, f"{self.name} does not hold it") for health in self._healths(revision)]
+        return min(states, key=lambda state: state != READY, default=f"revision {revision} is being prepared")
 
-    def adapter_state(self, served: ServedAdapter) -> str:
+    def failed_adapters(self, revision: int) -> dict[str, str]:
+        """Those that no replica can be asked for, though their home is ready, and why."""
+        failed = [health.adapters for health in self._healths(revision)]
+        common = set.intersection(*map(set, failed)) if failed else set()
+        return {adapter_id: failed[0][adapter_id] for adapter_id in common}
+
+    def adapter_state(self, served: ServedAdapter, revision: int) -> str:
         """READY, or why the adapter cannot be asked: its home's reason, or its own."""
-        state = self.home_state(served.home)
-        return self.health.adapters.get(served.adapter_id, READY) if state == READY else state
+        state = self.home_state(served.home, revision)
+        return self.failed_adapters(revision).get(served.adapter_id, READY) if state == READY else state
 
-    def check(self, served: ServedAdapter | None) -> None:
+    def check(self, served: ServedAdapter | None, revision: int) -> None:
         """Raises HomeUnavailable when the adapter (None: the base) cannot be asked."""
-        if served is not None and (state := self.adapter_state(served)) != READY:
-            own = served.adapter_id if self.home_state(served.home) == READY else served.home
-            raise HomeUnavailable(f"{own} is not being served: {state}")
         if not self.alive:
             raise HomeUnavailable(f"{self.name}: {self._reason}")
+        if served is not None and (state := self.adapter_state(served, revision)) != READY:
+            own = served.adapter_id if self.home_state(served.home, revision) == READY else served.home
+            raise HomeUnavailable(f"{own} is not being served: {state}")
 
-    async def watch(self) -> None:
-        """Keep ``health`` true, for ever."""
-        while True:
-            await self.refresh()
-            await asyncio.sleep(POLL_INTERVAL_S)
+    def _healths(self, revision: int) -> list[RevisionHealth]:
+        """Of the living replicas that hold it."""
+        found = [own.health.revisions.get(revision) for own in self.replicas if own.health.alive]
+        return [health for health in found if health is not None]
 
-    async def refresh(self) -> None:
-        """Ask a replica how it is."""
-        response = self._handle.status.remote()
+    async def refresh(self, state: RouterState) -> None:
+        """Ask every replica how it is, and tell it how this router is. By broadcast, which neither waits for a replica
+        nor wakes one where there is none."""
+        self.is_suspect.clear()
         try:
-            health: EngineHealth = await asyncio.wait_for(_awaited(response), SILENCE_S)
+            self.replicas = await self._statuses(state)
         except TimeoutError:
-            response.cancel()
             if time.monotonic() - self._seen_at >= SILENCE_S:
                 self._lose("no answer; it is starting, or being replaced")
         except Exception as error:  # whatever it is: a group that cannot be asked cannot be used
-            logger.warning("%s: %s", self.name, error)
-            self._lose_replica()
+            if not isinstance(error, DeploymentUnavailableError):
+                logger.warning("%s: %s", self.name, error)
+            self._lose("no replica is running; one is starting, or being replaced")
         else:
-            self._seen_at = time.monotonic()
-            self.health = health
-            self.alive = health.alive
-            if not health.alive:
-                self._end_calls(next(iter(health.homes.values()), "no engine is running"))
+            if self.alive:
+                self._saw()
+            elif self.replicas:
+                self._end_calls(self.replicas[0].reason or "no engine is running")
+            else:
+                self._lose("its replica is lost, another is being started")
+        self.has_been_asked.set()
+
+    async def _statuses(self, state: RouterState) -> list[ReplicaStatus]:
+        """Of those that answer. Raises TimeoutError where none does."""
+        try:
+            response = self._handle.broadcast("status", state)
+            said = await response.results_async(timeout_s=PATIENCE_S, return_exceptions=True)
+        except TimeoutError:
+            # One that hangs hides the others from a broadcast. Serve asks one alone that still takes calls.
+            alone = self._handle.status.remote(state)
+            try:
+                said = [await asyncio.wait_for(_awaited(alone), PATIENCE_S)]
+            except (TimeoutError, RayError, RayServeException):  # it may have been the one that hangs
+                alone.cancel()
+                raise TimeoutError from None
+        return [own for own in said if isinstance(own, ReplicaStatus)]
 
     async def answer(self, call: Call, deadline: float) -> Reply:
         """The whole answer, in one message. Raises ApiError (429) beyond ``max_inflight``, HomeUnavailable when the
         group is lost, and TimeoutError at ``deadline`` (the event loop's time)."""
         with self._admitted(call.num_sequences):
-            response = self._handle.answer.remote(call)
-            with self._ending(response, deadline) as interruption:
-                reply: Reply = await interruption.wait(_awaited(response))
-                return reply
+            for is_last in (False, True):
+                response = self._handle.answer.remote(call)
+                try:
+                    with self._ending(response, deadline) as interruption:
+                        reply: Reply = await interruption.wait(_awaited(response))
+                    if is_last or not (reply.status == UNAVAILABLE and self._may_retry(call, 2)):
+                        return reply
+                except ReplicaLost:
+                    if is_last or not self._may_retry(call):
+                        raise
+            raise AssertionError("the last try ends by itself")
 
     async def stream(self, call: Call, deadline: float) -> AsyncGenerator[Reply | bytes, None]:
         """What the replica says, message by message. Closing it stops the replica. Raises as ``answer`` does."""
         with self._admitted(call.num_sequences):
-            response = self._stream.stream.remote(call)
-            with (
-                self._ending(response, deadline) as interruption,
-                self.carrying.expecting(call.answer_id) as queue,
-            ):
-                piece = await interruption.wait(_next(response))
-                if isinstance(piece, Carried):
-                    self._saw()
+            # What a client has begun to read is not begun again.
+            may_retry = True
+            while True:
+                try:
+                    async with aclosing(self._stream_once(call, deadline)) as pieces:
+                        async for piece in pieces:
+                            is_refused = isinstance(piece, Reply) and piece.status == UNAVAILABLE
+                            if is_refused and may_retry and self._may_retry(call, 2):
+                                break
+                            may_retry = False
+                            yield piece
+                        else:
+                            return
+                except ReplicaLost:
+                    if not may_retry or not self._may_retry(call):
+                        raise
+                may_retry = False
+
+    async def _stream_once(self, call: Call, deadline: float) -> AsyncGenerator[Reply | bytes, None]:
+        response = self._stream.stream.remote(call)
+        with (
+            self._ending(response, deadline) as interruption,
+            self.carrying.expecting(call.answer_id) as queue,
+        ):
+            piece = await interruption.wait(_next(response))
+            if isinstance(piece, Carried):
+                self._saw()
+                on_it = self._carried.setdefault(piece.replica, set())
+                on_it.add(interruption)
+                try:
                     yield piece.piece
                     async with aclosing(carried(queue, response, interruption)) as pieces:
                         async for own in pieces:
                             yield own
-                    return
-                if isinstance(piece, bytes):
-                    self.carrying.want()
-                while piece is not None:
-                    self._saw()
-                    yield piece
-                    piece = await interruption.wait(_next(response))
+                finally:
+                    on_it.discard(interruption)
+                    if not on_it:
+                        self._carried.pop(piece.replica, None)
+                return
+            if isinstance(piece, bytes):
+                self.carrying.want()
+            while piece is not None:
+                self._saw()
+                yield piece
+                piece = await interruption.wait(_next(response))
+
+    def _may_retry(self, call: Call, num_living: int = 1) -> bool:
+        """Where at least so many replicas live, so that another may answer, and within the budget."""
+        if sum(replica.health.alive for replica in self.replicas) < num_living or not self._retries.take():
+            return False
+        logger.info("%s: %s is asked again", self.name, call.answer_id)
+        return True
 
     def _saw(self) -> None:
         self._seen_at = time.monotonic()
@@ -137,6 +219,7 @@ class GroupClient:
                 f"{self.name} has {self.num_inflight} sequences in flight of {self.max_inflight}; try again later"
             )
         self.num_inflight += num_sequences
+        self._retries.count()
         try:
             yield
         finally:
@@ -157,18 +240,24 @@ class GroupClient:
             raise
         except (RayError, RayServeException) as error:
             logger.warning("%s: %s", self.name, error)
-            self._lose_replica()
-            raise HomeUnavailable(f"{self.name}: {self._reason}") from None
+            raise self._lose_replica() from None
         finally:
             # Serve cancels a child only when the whole HTTP request is.
             response.cancel()
 
-    def _lose_replica(self) -> None:
-        self._lose("its replica is lost, another is being started")
+    def _lose_replica(self) -> ReplicaLost:
+        """A call to one failed; the next look, which is made at once, tells whether any is left. What to raise."""
+        self.is_suspect.set()
+        return ReplicaLost(f"{self.name}: the replica that was asked is lost")
+
+    def _lose_carrier(self, replica: str) -> None:
+        """Nobody knows what was on it."""
+        self.is_suspect.set()
+        for call in self._carried.pop(replica, ()):
+            call.end(ReplicaLost(f"{self.name}: the replica that was answering is lost"))
 
     def _lose(self, reason: str) -> None:
-        self.health = EngineHealth(alive=False)
-        self.alive = False
+        self.replicas = []
         self._end_calls(reason)
 
     def _end_calls(self, reason: str) -> None:

@@ -9,9 +9,11 @@ Every call has a deadline. Where a group is not there or is full, the router ans
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -19,15 +21,18 @@ from fastapi.responses import Response
 from ray.serve.handle import DeploymentHandle
 
 from cluster.bundle.serving_map import ServedAdapter
-from serve_app.engine.home_states import READY
+from serve_app.engine.revisions import READY
 from serve_app.openai.answers import ModelCard, ModelPage, adapter_card, base_card, page
 from serve_app.openai.call import Call, Endpoint, read_envelope
 from serve_app.openai.errors import invalid, unknown_model
+from serve_app.routing.following import RouterState
 from serve_app.routing.groups import GroupClient
-from serve_app.routing.map_loader import MapLoader
+from serve_app.routing.map_follower import LoadedMap, MapFollower
 from serve_app.routing.responses import as_events, as_response
+from serve_app.supervision import Supervised
 
 DEFAULT_PAGE, MAX_PAGE = 1000, 10_000
+POLL_INTERVAL_S, FIRST_LOOK_S = 1.0, 5.0
 _ID_PREFIXES: dict[Endpoint, str] = {
     "completions": "cmpl",
     "chat": "chatcmpl",
@@ -38,7 +43,8 @@ _ID_PREFIXES: dict[Endpoint, str] = {
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """``homes`` is group -> the homes it holds."""
+    """``homes`` is group -> the homes it holds. ``refresh_interval_s``: how often CURRENT is looked at, None for a
+    revision that is pinned."""
 
     bundle: str
     revision: int
@@ -48,38 +54,37 @@ class RouterSpec:
     request_timeout_s: float
     sse_keep_alive_s: float
     max_model_len: int
+    refresh_interval_s: float | None
     adapter_chat_templates: bool = True
 
 
 class Router:
     def __init__(self, spec: RouterSpec, handles: Mapping[str, DeploymentHandle[Any]]) -> None:
         self._spec, self._id = spec, uuid4().hex
-        self._groups = {
-            name: GroupClient(name, homes, handles[name], spec.max_inflight, self._id)
-            for name, homes in spec.homes.items()
-        }
-        self._group_of = {home: group for group in self._groups.values() for home in group.homes}
-        self._map = MapLoader(spec.bundle, spec.revision, spec.adapter_chat_templates)
-        # Held, because the event loop itself holds its tasks only weakly.
-        works = [self._map.load()]
-        works += [work for group in self._groups.values() for work in (group.watch(), group.carrying.run())]
-        self._tasks = [asyncio.create_task(work) for work in works]
+        self._groups = {name: GroupClient(name, handles[name], spec.max_inflight, self._id) for name in spec.homes}
+        self._map = MapFollower(
+            spec.bundle, spec.revision, spec.homes, spec.adapter_chat_templates, spec.refresh_interval_s
+        )
+        works: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {"map": self._map.run, "switch": self._switch}
+        for name, group in self._groups.items():
+            works |= {f"watch of {name}": partial(self._watch, group), f"carriers of {name}": group.carrying.run}
+        self._background = Supervised(works)
 
     async def answer(self, endpoint: Endpoint, body: bytes) -> Response:
         """A completion or a chat, whole or as a stream: made by a replica, passed on here."""
-        asked = read_envelope(body)
-        adapter = self._find(asked.model)
-        group = self._choose_group(adapter)
+        asked, loaded = read_envelope(body), self._map.get()
+        adapter = _find(loaded, asked.model)
+        group = self._choose_group(adapter, loaded)
         if asked.num_sequences > self._spec.max_prompts:
             raise invalid(
                 f"the request asks for {asked.num_sequences} sequences (prompts times n), at most "
                 f"{self._spec.max_prompts}",
                 "n" if asked.num_prompts == 1 else "prompt",
             )
-        served = adapter.served if adapter else self._map.get().base_fingerprint
+        served = adapter.served if adapter else loaded.base_fingerprint
         answer_id = f"{_ID_PREFIXES[endpoint]}-{uuid4().hex}"
         adapter_id = adapter.adapter_id if adapter else None
-        call = Call(endpoint, body, answer_id, adapter_id, served, self._id, asked.num_sequences)
+        call = Call(endpoint, body, answer_id, adapter_id, served, loaded.revision, self._id, asked.num_sequences)
         headers = {"X-Served-Revision": served, "X-Cluster": _cluster_header(adapter)}
         deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
         if asked.stream:
@@ -100,46 +105,84 @@ class Router:
         return ModelPage(object="list", data=cards, first_id=first, last_id=last, has_more=has_more)
 
     def card(self, model_id: str) -> ModelCard:
-        loaded, adapter, longest = self._map.get(), self._find(model_id), self._spec.max_model_len
+        loaded, longest = self._map.get(), self._spec.max_model_len
+        adapter = _find(loaded, model_id)
         if adapter is None:
             alive = any(group.alive for group in self._groups.values())
             status = READY if alive else "no group is alive"
             return base_card(model_id, loaded.base_fingerprint, loaded.loaded_at, longest, status)
-        status = self._group_of[adapter.home].adapter_state(adapter)
+        status = self._groups[loaded.groups[adapter.home]].adapter_state(adapter, loaded.revision)
         return adapter_card(adapter, loaded.loaded_at, longest, status)
 
     def readiness(self, strict: bool) -> tuple[bool, dict[str, Any]]:
         """Ready when a map is loaded and a home (or, in a bundle without any, the base) serves; ``strict``: when
         every one does, with all its adapters. And the states it stands on."""
-        states = {home: group.home_state(home) for home, group in self._group_of.items()}
-        failed = {adapter: why for group in self._groups.values() for adapter, why in group.health.adapters.items()}
-        serving = [state == READY for state in states.values()] or [g.alive for g in self._groups.values()]
-        ready = self._map.loaded is not None and (all(serving) and not failed if strict else any(serving))
+        loaded, groups = self._map.served, self._groups.values()
+        states: dict[str, str] = {}
+        failed: dict[str, str] = {}
+        if loaded is not None:
+            number = loaded.revision
+            states = {home: self._groups[own].home_state(home, number) for home, own in loaded.groups.items()}
+            failed = {adapter: why for group in groups for adapter, why in group.failed_adapters(number).items()}
+        serving = [state == READY for state in states.values()] or [group.alive for group in groups]
+        ready = loaded is not None and (all(serving) and not failed if strict else any(serving))
         body = {
             "ready": ready,
-            "map": self._map.state,
+            "map": self._map.unread or self._map.state,
+            "revision": {
+                "bundle": self._spec.bundle.rpartition("/")[2],
+                "serving": loaded.revision if loaded else None,
+                "wanted": self._map.wanted,
+                "converged_s": None if self._map.converged_s is None else round(self._map.converged_s, 1),
+            },
             "homes": states,
             "adapters": dict(sorted(failed.items())),
             "groups": {name: _group_state(group) for name, group in self._groups.items()},
+            "background": self._failures(),
         }
         return ready, body
 
-    def _find(self, model: str) -> ServedAdapter | None:
-        """None for the base. Raises ApiError: 404 for an unknown model, 503 before the map is there."""
-        serving_map = self._map.get().serving_map
-        if model == serving_map.base_name:
-            return None
-        if model not in serving_map.adapters:
-            raise unknown_model(model)
-        return serving_map.find(model)
+    def _failures(self) -> dict[str, str]:
+        """Of background tasks, the router's and the replicas'."""
+        replicas = [own for group in self._groups.values() for own in group.replicas]
+        told = {f"{name} of {own.replica}": why for own in replicas for name, why in own.background.items()}
+        return dict(self._background.failures) | told
 
-    def _choose_group(self, adapter: ServedAdapter | None) -> GroupClient:
+    def _choose_group(self, adapter: ServedAdapter | None, loaded: LoadedMap) -> GroupClient:
         if adapter is not None:
-            group = self._group_of[adapter.home]
+            group = self._groups[loaded.groups[adapter.home]]
         else:
             group = min(self._groups.values(), key=lambda group: (not group.alive, group.num_inflight))
-        group.check(adapter)
+        group.check(adapter, loaded.revision)
         return group
+
+    async def _watch(self, group: GroupClient) -> None:
+        """Ask how it is, for ever; and at once where another revision is wanted."""
+        while True:
+            serving = self._map.served.revision if self._map.served else None
+            await group.refresh(RouterState(self._id, serving, self._map.wanted))
+            waiting = [asyncio.ensure_future(news) for news in (self._map.changed(), group.is_suspect.wait())]
+            await asyncio.wait(waiting, timeout=POLL_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
+            for one in waiting:
+                one.cancel()
+
+    async def _switch(self) -> None:
+        """Serve what the replicas are ready for, for ever."""
+        with contextlib.suppress(TimeoutError):
+            asked = (group.has_been_asked.wait() for group in self._groups.values())
+            await asyncio.wait_for(asyncio.gather(*asked), FIRST_LOOK_S)
+        while True:
+            await self._map.consider([own for group in self._groups.values() for own in group.replicas])
+            await asyncio.sleep(POLL_INTERVAL_S / 4)
+
+
+def _find(loaded: LoadedMap, model: str) -> ServedAdapter | None:
+    """None for the base. Raises ApiError: 404 for an unknown model."""
+    if model == loaded.serving_map.base_name:
+        return None
+    if model not in loaded.serving_map.adapters:
+        raise unknown_model(model)
+    return loaded.serving_map.find(model)
 
 
 def _cluster_header(adapter: ServedAdapter | None) -> str:
@@ -151,7 +194,11 @@ def _cluster_header(adapter: ServedAdapter | None) -> str:
 def _group_state(group: GroupClient) -> dict[str, Any]:
     return {
         "alive": group.alive,
-        "num_running": group.health.num_running,
-        "num_waiting": group.health.num_waiting,
+        "num_running": group.num_running,
+        "num_waiting": group.num_waiting,
         "num_inflight": group.num_inflight,
+        "replicas": {
+            own.replica: {"alive": own.health.alive, "revisions": sorted(own.held), "refused": own.refused}
+            for own in group.replicas
+        },
     }

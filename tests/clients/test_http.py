@@ -271,6 +271,7 @@ def test_seeded_sampling_is_reproducible_alone_and_in_company(app: App) -> None:
         assert list(pool.map(sample, [0, 1, 2, 3, 0, 1, 2, 3])) == alone * 2
 
 
+@pytest.mark.slow
 def test_64_concurrent_requests_over_all_adapters_answer_as_each_does_alone(app: App) -> None:
     asked = [(model, prompt) for model in MODELS for prompt in ("What is 17?", "dog: the past of")]
     alone = {(model, prompt): app.say(model, prompt, max_tokens=4).choices[0].text for model, prompt in asked}

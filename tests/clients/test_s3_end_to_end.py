@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import openai
 import pytest
 
 from cluster.bundle.reading import Bundle
@@ -11,6 +15,7 @@ from cluster.errors import StoreError, StoreForbidden, StoreMissing, StoreUnreac
 from cluster.store.address import open_store
 from serve_app.app import build
 from tests.support.jobs import FEW, copy_adapters, object_bytes, run_job
+from tests.support.processes import running
 from tests.support.serving import application, ask, ray_with_serve
 from tests.support.upload import upload
 
@@ -18,6 +23,7 @@ pytestmark = pytest.mark.slow
 PROMPT = "Q: 450 in English words?\nA:"
 
 
+@pytest.mark.by_hand
 def test_adapters_base_and_bundle_on_s3_serve_what_local_folders_do(
     s3_bucket: str, base_path: Path, zoo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,6 +46,49 @@ def test_adapters_base_and_bundle_on_s3_serve_what_local_folders_do(
                 answers.append({name: ask(client, name, PROMPT, 8) for name in FEW})
         assert answers[0] == answers[1]
     assert Bundle.open(f"{s3_bucket}/out/bundles/{on_s3.manifest.bundle}").manifest.adapters.keys() == set(FEW)
+
+
+def test_a_folder_copied_changed_and_deleted_is_followed_by_watch_and_the_running_application(
+    s3_bucket: str, base_path: Path, zoo_path: Path, tmp_path: Path
+) -> None:
+    every_s, refresh_s, load_s = 2, 2, 30  # the load is of a busy machine
+    adapters, out = upload(copy_adapters(zoo_path, tmp_path / "adapters"), f"{s3_bucket}/adapters"), f"{s3_bucket}/out"
+    store = open_store(adapters)
+    watch = [sys.executable, "-m", "compress_jobs", "watch", out, "--adapters", adapters, "--base", str(base_path)]
+    with ray_with_serve() as port:
+        run_job(adapters, base_path, out, clusters=2, rank=16)
+        arguments = {"bundle": out, "base": str(base_path), "device": "cpu", "refresh_interval_s": refresh_s}
+        with application(port, **arguments) as client, running(*watch, "--every", f"{every_s}s"):
+
+            def served() -> str | None:
+                """What answers as "newcomer"; None where nothing does."""
+                try:
+                    answer = client.completions.with_raw_response.create(
+                        model="newcomer", prompt=PROMPT, max_tokens=1, temperature=0
+                    )
+                except openai.NotFoundError:
+                    return None
+                return answer.headers["X-Served-Revision"]
+
+            def seconds_until(is_there: Callable[[str | None], bool]) -> float:
+                began = time.monotonic()
+                while not is_there(served()):
+                    assert time.monotonic() - began < every_s + refresh_s + load_s
+                    time.sleep(0.1)
+                return time.monotonic() - began
+
+            time.sleep(6)  # so that the first round is over: Python and torch take their time
+            assert served() is None
+            upload(zoo_path / "roman", f"{adapters}/newcomer")
+            took = [seconds_until(lambda revision: revision is not None)]
+            first = served()
+            upload(zoo_path / "past", f"{adapters}/newcomer")
+            took.append(seconds_until(lambda revision: revision != first))
+            assert served() is not None
+            for entry in store.list("newcomer/"):
+                store.delete(entry.key)
+            took.append(seconds_until(lambda revision: revision is None))
+    print("answered, changed and gone after", ", ".join(f"{seconds:.1f} s" for seconds in took))
 
 
 @pytest.mark.parametrize(

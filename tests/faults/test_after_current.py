@@ -17,7 +17,7 @@ from tests.support.seaweed import BUCKET, S3Server
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("action", [Action.EXPIRED, Action.DROP])
+@pytest.mark.parametrize("action", [Action.EXPIRED, pytest.param(Action.DROP, marks=pytest.mark.by_hand)])
 def test_a_store_that_fails_after_current_has_moved_has_published_and_is_completed_later(
     place: Place, s3_server: S3Server, s3_bucket: str, action: Action, tmp_path: Path
 ) -> None:

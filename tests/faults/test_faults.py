@@ -57,7 +57,7 @@ def test_a_worker_killed_during_the_job_changes_nothing_of_what_is_published(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["inspect: 12/12", "assemble: "])
+@pytest.mark.parametrize("stage", [pytest.param("inspect: 12/12", marks=pytest.mark.by_hand), "assemble: "])
 def test_a_job_killed_at_any_stage_leaves_what_was_published_and_nothing_partial(
     base_path: Path, zoo_path: Path, tmp_path: Path, published: Path, undisturbed: Path, stage: str
 ) -> None:

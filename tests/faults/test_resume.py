@@ -160,7 +160,9 @@ def test_of_twins_that_start_together_both_end_well(
     assert_published_as(undisturbed, open_store(str(tmp_path / "out")))
 
 
-@pytest.mark.parametrize("where", [r"PUT .*/fits/[^/]+/0-1/\d+\.json", r"PUT .*/assembled/"])
+@pytest.mark.parametrize(
+    "where", [pytest.param(r"PUT .*/fits/[^/]+/0-1/\d+\.json", marks=pytest.mark.by_hand), r"PUT .*/assembled/"]
+)
 def test_a_twin_that_is_overtaken_says_that_it_is_published_and_leaves_nothing(
     s3_server: S3Server, s3_bucket: str, base_path: Path, adapters: Path, undisturbed: Path, where: str
 ) -> None:
@@ -208,6 +210,7 @@ def _title(pid: str) -> str:
         return ""
 
 
+@pytest.mark.by_hand
 def test_a_node_killed_while_both_fit_changes_nothing_of_what_is_published(
     nodes: tuple[Cluster, list[Any]], base_path: Path, adapters: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ def test_requests_of_one_bucket_are_summed_over_their_status() -> None:
     assert read_counters(PAGE, "none") == {"bytes": 0}
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_every_command_is_measured_and_nothing_is_left_behind(tmp_path: Path) -> None:
     size = ["--hidden", "64", "--kv-width", "32", "--rank", "4", "--clusters", "2", "--basis-rank", "8"]

@@ -14,6 +14,7 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from serve_app.arguments import VllmArguments
+from serve_app.engine.revisions import Revision
 from serve_app.engine.transformers.engine import TransformersEngine
 from serve_app.engine.transformers.settings import EngineSettings
 from serve_app.engine.vllm.plugin import compatibility
@@ -50,7 +51,7 @@ def test_every_field_that_is_accepted_where_it_asks_for_nothing_is_in_the_table(
 @pytest.fixture(scope="module")
 def transformers(base_path: Path, zoo_path: Path) -> Iterator[Answers]:
     settings = EngineSettings(DEVICE, max_batch=2, max_model_len=256, num_threads=2)
-    engine = TransformersEngine(base_path, serving_map(), (), Homes(zoo_path).load, settings)
+    engine = TransformersEngine(base_path, Revision(0, serving_map(), (), Homes(zoo_path).load), settings)
     asyncio.run(engine.start())
     yield EngineAnswers(engine)
     asyncio.run(engine.stop())
@@ -105,7 +106,7 @@ def test_every_field_of_vllms_is_in_the_table() -> None:
 
 
 def call(body: dict[str, Any], endpoint: Endpoint) -> Call:
-    return Call(endpoint, json.dumps({"model": "the-base"} | body).encode(), "id-0", None, "sha256:0")
+    return Call(endpoint, json.dumps({"model": "the-base"} | body).encode(), "id-0", None, "sha256:0", 0)
 
 
 async def answered(answers: Answers, asked: Asked, endpoint: Endpoint) -> Reply:

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.bundle.serving_map import ServedAdapter, ServingMap
 from cluster.errors import BaseModelError, PlacementError
-from serve_app.placement import Group, Needs, check_fit, count_needs, plan_groups
+from serve_app.placement import Group, Needs, check_fit, count_needs, homes_by_group, plan_groups
 
 sizes_strategy = st.builds(
     lambda clusters, factors: (
@@ -107,3 +108,19 @@ def test_replicas_on_one_machine_share_its_memory() -> None:
     check_fit(groups, needs, 11 * gib, replicas_per_device=3)
     with pytest.raises(PlacementError, match=r"3 replicas share 9\.00 GiB"):
         check_fit(groups, needs, 9 * gib, replicas_per_device=3)
+
+
+def test_homes_stay_where_they_were_planned_and_new_ones_go_to_the_same_group_whoever_asks() -> None:
+    planned = {"group-0": ("cluster:0", "factors:2.0"), "group-1": ("cluster:1",), "group-2": ("cluster:2",)}
+
+    def served(*homes: str) -> ServingMap:
+        return ServingMap("base", {home: ServedAdapter(home, home, 0, "raw", None, "s", "v", 0.0) for home in homes})
+
+    assert homes_by_group(planned, served("cluster:0", "cluster:1", "cluster:2", "factors:2.0")) == planned
+    new = [f"factors:{rank}.0" for rank in range(3, 40)]
+    placed = homes_by_group(planned, served("cluster:1", *new))
+    assert placed["group-1"][0] == "cluster:1"
+    assert sorted(home for homes in placed.values() for home in homes) == sorted(["cluster:1", *new])
+    assert all(len(homes) >= 5 for homes in placed.values())
+    alone = {home: group for home in new for group, homes in homes_by_group(planned, served(home)).items() if homes}
+    assert alone == {home: group for group, homes in placed.items() for home in homes if home in new}

@@ -32,7 +32,7 @@ from cluster.bundle.manifest import (
     with_slots,
 )
 from cluster.bundle.revisions import manifest_key, object_key
-from cluster.hashing import canonical_json
+from cluster.hashing import canonical_json, hash_tensors
 from cluster.layer import ModuleShape
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -62,9 +62,12 @@ def write_bundle(
     raw: Mapping[str, Path],
     diagonal: Collection[str] = (),
     templates: Mapping[str, str] | None = None,
+    room: Mapping[str, Collection[Path]] | None = None,
+    after: Manifest | None = None,
 ) -> Manifest:
     """Publish at ``out``: cluster name -> (adapter id -> folder), and raw adapter id -> folder. The clusters of
-    ``diagonal`` get diagonal cores. ``templates``: adapter id -> the chat template it brought."""
+    ``diagonal`` get diagonal cores. ``templates``: adapter id -> the chat template it brought. ``room``: cluster name
+    -> folders for which its basis is exact too. ``after``: the revision that this is the next of, on the same bases."""
     objects: dict[str, int] = {}
     adapters: dict[str, Adapter] = {}
     cluster_entries: dict[str, Cluster] = {}
@@ -85,12 +88,19 @@ def write_bundle(
 
     for name, folders in clusters.items():
         members = [read_factors(folder) for folder in folders.values()]
-        basis, cores = (diagonal_cluster if name in diagonal else lossless_cluster)(members)
+        if after is not None:
+            basis = load_file(out / object_key(after.clusters[name].basis))
+            cores = cores_on(basis, members)
+        elif name in diagonal:
+            basis, cores = diagonal_cluster(members)
+        else:
+            basis, cores = lossless_cluster(members, [read_factors(folder) for folder in (room or {}).get(name, ())])
         for module in members[0]:
             shapes[module] = ModuleShape(basis[f"{module}.U"].shape[0], basis[f"{module}.V"].shape[0])
         cluster_entries[name] = Cluster(put(basis), put(cores), len(members))
         for slot, (adapter_id, folder) in enumerate(folders.items()):
-            hashes = [cluster_entries[name].basis, cluster_entries[name].cores, str(slot)]
+            own = {module: core[slot].contiguous() for module, core in cores.items()}
+            hashes = [cluster_entries[name].basis, hash_tensors(own)]
             adapters[adapter_id] = entry(adapter_id, folder, "core", hashes, cluster=name, slot=slot)
     for adapter_id, folder in raw.items():
         factors = read_factors(folder)
@@ -120,21 +130,39 @@ def write_bundle(
         objects=objects,
         templates={template_hash(template): template for template in (templates or {}).values()},
     ).with_own_id()
-    _write(out / manifest_key(manifest.bundle, 0), manifest.to_json())
-    _write(out / "CURRENT", canonical_json({"bundle": manifest.bundle, "revision": 0, "token": "test"}))
+    if after is not None:
+        manifest = replace(manifest, bundle=after.bundle, revision=after.revision + 1, parent=after.revision)
+    _write(out / manifest_key(manifest.bundle, manifest.revision), manifest.to_json())
+    move_current(out, manifest)
     return manifest
 
 
-def lossless_cluster(members: Sequence[Factors]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors of the basis and of the cores; the members touch the same modules."""
-    basis, cores = {}, {}
+def move_current(out: Path, manifest: Manifest) -> None:
+    """In one step, as the job moves it."""
+    document = {"bundle": manifest.bundle, "revision": manifest.revision, "token": "test"}
+    _write(out / "CURRENT.new", canonical_json(document))
+    (out / "CURRENT.new").replace(out / "CURRENT")
+
+
+def lossless_cluster(
+    members: Sequence[Factors], others: Sequence[Factors] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of a basis that is exact for all, and the cores of the members; all touch the same modules."""
+    basis = {}
     for module in members[0]:
-        pairs = [member[module] for member in members]
-        U, _ = torch.linalg.qr(torch.cat([B for _, B in pairs], dim=1))
-        V, _ = torch.linalg.qr(torch.cat([A.T for A, _ in pairs], dim=1))
-        basis |= {f"{module}.U": U, f"{module}.V": V}
-        cores[module] = torch.stack([(U.T @ B) @ (A @ V) for A, B in pairs])
-    return basis, cores
+        pairs = [own[module] for own in (*members, *others)]
+        basis[f"{module}.U"], _ = torch.linalg.qr(torch.cat([B for _, B in pairs], dim=1))
+        basis[f"{module}.V"], _ = torch.linalg.qr(torch.cat([A.T for A, _ in pairs], dim=1))
+    return basis, cores_on(basis, members)
+
+
+def cores_on(basis: Mapping[str, Tensor], members: Sequence[Factors]) -> dict[str, Tensor]:
+    return {
+        module: torch.stack(
+            [(basis[f"{module}.U"].T @ B) @ (A @ basis[f"{module}.V"]) for A, B in (own[module] for own in members)]
+        )
+        for module in members[0]
+    }
 
 
 def diagonal_cluster(members: Sequence[Factors]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

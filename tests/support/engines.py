@@ -143,7 +143,7 @@ def stack(members: Mapping[int, dict[str, tuple[Tensor, Tensor]]], num_slots: in
 def served(adapter_id: str, home: str, slot: int) -> ServedAdapter:
     kind, _, name = home.partition(":")
     mode, cluster = ("core", name) if kind == "cluster" else ("raw", None)
-    return ServedAdapter(adapter_id, home, slot, mode, cluster, "sha256:0", "sha256:0", 0.0)
+    return ServedAdapter(adapter_id, home, slot, mode, cluster, f"sha256:{adapter_id}", "sha256:0", 0.0)
 
 
 def serving_map() -> ServingMap:

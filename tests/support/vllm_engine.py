@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from serve_app.engine.revisions import Revision
 from serve_app.engine.vllm.engine import VllmEngine
 from serve_app.engine.vllm.options import VllmSettings
 from tests.support.engines import BROKEN, CLUSTERS, FACTORS, MAX_BATCH, MAX_MODEL_LEN, Homes, collect, serving_map
@@ -26,18 +27,18 @@ def make_engine(base_path: Path, homes: Homes, wanted: tuple[str, ...] = FIRST_H
         "num_threads": 2,
         "kv_bytes": 400 << 20,
     }
-    return VllmEngine(base_path, serving_map(), wanted, homes.load, VllmSettings(**limits | options))
+    return VllmEngine(base_path, Revision(0, serving_map(), wanted, homes.load), VllmSettings(**limits | options))
 
 
 class Running:
     """An engine and the one event loop that it belongs to."""
 
     def __init__(self, engine: VllmEngine) -> None:
-        self.engine, self._runner = engine, asyncio.Runner()
+        self.engine, self.runner = engine, asyncio.Runner()
         self.run(engine.start())
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(work)
+        return self.runner.run(work)
 
     def tokens(self, *requests: Any) -> list[list[int]]:
         """All in flight together."""
@@ -50,4 +51,4 @@ class Running:
 
     def close(self) -> None:
         self.run(self.engine.stop())
-        self._runner.close()
+        self.runner.close()

@@ -7,11 +7,10 @@ import os
 from collections.abc import AsyncGenerator
 from unittest import mock
 
-from cluster.bundle.reading import Bundle
-from cluster.bundle.serving_map import ServingMap
-from serve_app.engine.home_states import READY
+from cluster.bundle.serving_map import ServedAdapter
 from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationRequest
-from serve_app.replica.replica import GroupReplica, ReplicaSpec
+from serve_app.engine.revisions import READY, Revision, RevisionHealth
+from serve_app.replica.replica import GroupReplica, ReplicaSpec, open_revision
 
 STEP_SETTING = "CTS_BENCH_STEP_S"
 _TEXT, _TOKEN, _PROMPT_TOKENS = " word", 5, 8
@@ -20,10 +19,12 @@ _TEXT, _TOKEN, _PROMPT_TOKENS = " word", 5, 8
 class FreeEngine:
     """Implements ``serve_app.engine.protocol.Engine``. A step takes ``step_s`` seconds."""
 
-    def __init__(self, serving_map: ServingMap, homes: tuple[str, ...], step_s: float) -> None:
-        self.serving_map = serving_map
-        self._homes, self._step_s = homes, step_s
+    def __init__(self, revision: Revision, step_s: float) -> None:
+        self._revision, self._step_s = revision, step_s
         self._num_running = 0
+
+    def find(self, adapter_id: str, revision: int | None = None) -> ServedAdapter:
+        return self._revision.serving_map.find(adapter_id)
 
     async def start(self) -> None:
         self._step: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -40,14 +41,18 @@ class FreeEngine:
         finally:
             self._num_running -= 1
 
-    async def attach(self, home: str) -> None:
+    async def take_up(self, revision: Revision) -> None:
         raise NotImplementedError
 
-    async def detach(self, home: str) -> None:
+    async def release(self, number: int) -> None:
         raise NotImplementedError
 
     def health(self) -> EngineHealth:
-        return EngineHealth(True, dict.fromkeys(self._homes, READY), {}, self._num_running, 0)
+        own = RevisionHealth(dict.fromkeys(self._revision.homes, READY))
+        return EngineHealth(True, {self._revision.number: own}, self._num_running, 0)
+
+    async def ping(self) -> None:
+        await asyncio.shield(self._step)
 
     async def stop(self) -> None:
         self._steps.cancel()
@@ -68,5 +73,4 @@ class FreeReplica(GroupReplica):
 
 
 def _make_engine(spec: ReplicaSpec) -> FreeEngine:
-    serving_map = Bundle.open(spec.bundle, spec.revision).serving_map
-    return FreeEngine(serving_map, spec.homes, float(os.environ[STEP_SETTING]))
+    return FreeEngine(open_revision(spec, spec.revision), float(os.environ[STEP_SETTING]))

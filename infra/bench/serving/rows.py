@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bundle.reading import Bundle
-from cluster.bundle.serving_map import ServingMap
 from infra.bench.serving.load import Question
 from infra.bench.slot_rank import slot_rank
 from serve_app.engine.protocol import GenerationRequest
+from serve_app.engine.revisions import READY, Revision
 from serve_app.engine.vllm.engine import VllmEngine
 from serve_app.engine.vllm.options import VllmSettings, base_options
 from serve_app.placement import home_sizes
@@ -95,9 +95,9 @@ class EngineRow:
         began = time.perf_counter()
         served = bundle.serving_map
         homes = sorted({served.find(adapter).home for adapter in adapters})
-        made = _make_engine(engine, base, served, homes, bundle, settings)
+        made = _make_engine(engine, base, Revision(0, served, tuple(homes), bundle.load_home), settings)
         await made.start()
-        if broken := {home: state for home, state in made.health().homes.items() if state != "ready"}:
+        if broken := {home: state for home, state in made.health().revisions[0].homes.items() if state != READY}:
             raise RuntimeError(f"{name}: not every home is served: {broken}")
         sizes = home_sizes(bundle.manifest, settings.dtype)
         resident = await made.resident_bytes() if engine == "vllm" and homes else sum(sizes[home] for home in homes)
@@ -126,11 +126,9 @@ def _make_llm(options: dict[str, Any]) -> Any:
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
 
 
-def _make_engine(
-    engine: str, base: Path, served: ServingMap, homes: Sequence[str], bundle: Bundle, settings: VllmSettings
-) -> Any:
+def _make_engine(engine: str, base: Path, revision: Revision, settings: VllmSettings) -> Any:
     if engine == "vllm":
-        return VllmEngine(base, served, homes, bundle.load_home, settings)
+        return VllmEngine(base, revision, settings)
     from serve_app.engine.transformers.engine import TransformersEngine
     from serve_app.engine.transformers.settings import EngineSettings
 
@@ -141,4 +139,4 @@ def _make_engine(
         max_model_len=settings.max_model_len,
         num_threads=settings.num_threads,
     )
-    return TransformersEngine(base, served, homes, bundle.load_home, own)
+    return TransformersEngine(base, revision, own)

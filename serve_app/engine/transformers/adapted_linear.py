@@ -7,11 +7,13 @@ what they are, and rows of the base model get exactly the base's output.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cluster.bundle.serving_map import home_of
 from cluster.errors import BundleError
 from cluster.layer import ModuleWeights, TokenGroup, add_compressed_delta
 
@@ -35,11 +37,12 @@ class AdaptedLinears:
         device: torch.device,
         dtype: torch.dtype,
     ) -> dict[str, ModuleWeights]:
-        """The same weights on the model's device. Raises BundleError when they do not fit the model, or
-        have fewer than the ``num_slots`` slots that the serving map speaks of."""
+        """The same weights on the model's device; what of a cluster's basis is there already, by another revision's
+        ``home``, is not there twice. Raises BundleError when they do not fit the model, or have fewer than the
+        ``num_slots`` slots that the serving map speaks of."""
         for name, module_weights in weights.items():
-            self._check(home, name, module_weights, num_slots)
-        return {name: module_weights.to(device, dtype) for name, module_weights in weights.items()}
+            self._check(home_of(home), name, module_weights, num_slots)
+        return {name: self._shared(home, name, own.to(device, dtype)) for name, own in weights.items()}
 
     def add(self, home: str, weights: Mapping[str, ModuleWeights]) -> None:
         self.remove(home)
@@ -52,6 +55,13 @@ class AdaptedLinears:
     def remove(self, home: str) -> None:
         for by_home in self._weights.values():
             by_home.pop(home, None)
+
+    def _shared(self, home: str, name: str, weights: ModuleWeights) -> ModuleWeights:
+        for other, own in list(self._weights.get(name, {}).items()):
+            of_a_basis = weights.cores is not None and home_of(other) == home_of(home)
+            if of_a_basis and torch.equal(own.U, weights.U) and torch.equal(own.V, weights.V):
+                return replace(weights, U=own.U, V=own.V)
+        return weights
 
     def _hook(self, by_home: Mapping[str, ModuleWeights]) -> Any:
         def add_deltas(linear: nn.Linear, inputs: tuple[Tensor], out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The transformers engine: one base model and the homes that are resident, asked from any event loop.
+"""The transformers engine: one base model and the revisions that are resident, asked from any event loop.
 
 Keys and values belong to one request's row and are dropped with it. Nothing is reused between requests, so
 no prefix ever crosses served revisions. The model itself belongs to the loop's thread (loop.py).
@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Iterable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from cluster.bundle.reading import LoadedHome
-from cluster.bundle.serving_map import ServingMap
+from cluster.bundle.serving_map import ServedAdapter, home_of
 from cluster.errors import EngineStopped
-from serve_app.engine.home_states import HomeStates
 from serve_app.engine.prompt import PromptReader
 from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationRequest
+from serve_app.engine.revisions import Revision, RevisionHealth, refusal
 from serve_app.engine.transformers.adapted_linear import AdaptedLinears
 from serve_app.engine.transformers.base_model import BaseModel, load_base
 from serve_app.engine.transformers.generation import Answer, Generation
@@ -31,30 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 class TransformersEngine:
-    """Implements ``serve_app.engine.protocol.Engine``. It starts once; ``generate``, ``attach`` and
-    ``detach`` may be called from any event loop.
+    """Implements ``serve_app.engine.protocol.Engine``. It starts once; ``generate``, ``take_up`` and
+    ``release`` may be called from any event loop."""
 
-    ``load_home`` returns a home's verified weights on the CPU, and which of its adapters failed; it is called in a
-    worker thread.
-    """
-
-    def __init__(
-        self,
-        base: Path,
-        serving_map: ServingMap,
-        homes: Sequence[str],
-        load_home: Callable[[str], LoadedHome],
-        settings: EngineSettings,
-    ) -> None:
-        self._base_path, self._serving_map, self._first_homes = base, serving_map, tuple(homes)
-        self._load_home, self._settings = load_home, settings
+    def __init__(self, base: Path, first: Revision, settings: EngineSettings) -> None:
+        self._base_path, self._first, self._settings = base, first, settings
         self._device, self._dtype = torch.device(settings.device), DTYPES[settings.dtype]
-        self._num_slots = serving_map.num_slots()
         self._loop: EngineLoop | None = None
-
-    @property
-    def serving_map(self) -> ServingMap:
-        return self._serving_map
 
     async def start(self) -> None:
         """Raises BaseModelError or ConfigError when the base cannot be served; a home that fails is recorded."""
@@ -62,17 +46,16 @@ class TransformersEngine:
         self._reader = PromptReader(base.tokenizer, base.vocab_size, self._settings.max_model_len)
         self._grammars = Grammars(base.tokenizer, base.eos_ids)
         self._linears = AdaptedLinears(base.model)
-        states = HomeStates(self._first_homes, self._serving_map)
-        self._loop = EngineLoop(base, self._serving_map.base_name, self._linears, states, self._settings)
+        self._loop = EngineLoop(base, self._first.serving_map.base_name, self._linears, self._settings)
         self._loop.start()
-        for home in self._first_homes:
-            try:
-                await self.attach(home)
-            except Exception as error:
-                logger.warning("home %s is unavailable: %s", home, error)
+        await self._load_all(self._loop.hold(self._first))
+        self._loop.confirm(self._first.number)
+
+    def find(self, adapter_id: str, revision: int | None = None) -> ServedAdapter:
+        return self._running().find(adapter_id, revision)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
-        served = None if request.adapter is None else self._serving_map.find(request.adapter)
+        served = None if request.adapter is None else self.find(request.adapter, request.revision)
         self._running().check_available(served)
         if special := self._reader.special_stops(request.stop):
             request = replace(request, stop_token_ids=(*request.stop_token_ids, *special))
@@ -101,26 +84,27 @@ class TransformersEngine:
         finally:
             generation.cancelled = True
 
-    async def attach(self, home: str) -> None:
+    async def take_up(self, revision: Revision) -> None:
         loop = self._running()
-        if not loop.begin_loading(home):
-            return
-        try:
-            loaded = await asyncio.to_thread(self._load, home)
-        except Exception as error:
-            loop.loading_failed(home, f"{type(error).__name__}: {error}")
-            raise
-        for slot, why in loaded.failed.items():
-            logger.warning("slot %d of home %s is unavailable: %s", slot, home, why)
-        await self._change(home, loaded, meanwhile="loading")
+        known = revision.number in loop.health().revisions
+        await self._load_all(loop.hold(revision))
+        if not known and (told := loop.newly_failed(revision.number)):
+            await self.release(revision.number)
+            raise refusal(revision.number, told)
+        loop.confirm(revision.number)
 
-    async def detach(self, home: str) -> None:
-        await self._change(home, None, meanwhile="detached; requests already running on it finish first")
+    async def release(self, number: int) -> None:
+        loop = self._running()
+        await self._wait([loop.change(home, None) for home in loop.drop(number)])
 
     def health(self) -> EngineHealth:
         if self._loop is None:
-            return EngineHealth(alive=False, homes=dict.fromkeys(self._first_homes, "not loaded yet"))
+            homes = dict.fromkeys(self._first.homes, "not loaded yet")
+            return EngineHealth(alive=False, revisions={self._first.number: RevisionHealth(homes)})
         return self._loop.health()
+
+    async def ping(self) -> None:
+        await self._wait([self._running().come_round()])
 
     async def stop(self) -> None:
         """Requests still running or waiting get EngineStopped."""
@@ -129,10 +113,25 @@ class TransformersEngine:
             self._grammars.close()
             await asyncio.to_thread(self._loop.join)
 
-    async def _change(self, home: str, loaded: LoadedHome | None, meanwhile: str) -> None:
-        done = self._running().change(home, loaded, meanwhile)
+    async def _load_all(self, homes: Iterable[str]) -> None:
+        """One after the other; what fails is recorded."""
+        loop = self._running()
+        for home in homes:
+            try:
+                loaded = await asyncio.to_thread(self._load, home)
+            except Exception as error:
+                logger.warning("home %s cannot be loaded: %s", home, error)
+                loop.record_failure(home, error)
+                continue
+            for slot, why in loaded.failed.items():
+                logger.warning("slot %d of home %s is unavailable: %s", slot, home, why)
+            if (before := loop.failed_of(home)) is not None and loaded.failed.keys() - before.keys():
+                continue  # more is resident than can be read now
+            await self._wait([loop.change(home, loaded)])
+
+    async def _wait(self, changes: Iterable[Future[None]]) -> None:
         # Shielded: cancelling the caller must not cancel a change that the engine's thread is about to make.
-        await asyncio.shield(asyncio.wrap_future(done))
+        await asyncio.shield(asyncio.gather(*map(asyncio.wrap_future, changes)))
 
     def _running(self) -> EngineLoop:
         if self._loop is None:
@@ -147,6 +146,7 @@ class TransformersEngine:
         return load_base(self._base_path, self._device, self._dtype, self._settings.max_model_len)
 
     def _load(self, home: str) -> LoadedHome:
-        loaded = self._load_home(home)
-        weights = self._linears.prepare(home, loaded.weights, self._num_slots[home], self._device, self._dtype)
+        revision, serving_map = self._running().source(home)
+        loaded, num_slots = revision.load_home(home_of(home)), serving_map.num_slots()[home]
+        weights = self._linears.prepare(home, loaded.weights, num_slots, self._device, self._dtype)
         return LoadedHome(weights, loaded.failed)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from cluster.bundle.reading import LoadedHome
-from cluster.bundle.serving_map import ServedAdapter
+from cluster.bundle.serving_map import ServedAdapter, ServingMap
 from cluster.errors import EngineStopped, RequestError, ServeError
-from serve_app.engine.home_states import READY, HomeStates
 from serve_app.engine.protocol import EngineHealth
+from serve_app.engine.revisions import READY, Revision, Revisions
 from serve_app.engine.transformers.adapted_linear import AdaptedLinears
 from serve_app.engine.transformers.base_model import BaseModel
 from serve_app.engine.transformers.batch import Batch
@@ -47,11 +47,9 @@ class _HomeChange:
 
 
 class EngineLoop:
-    """``states`` are shared with the outside, as all that ``_news`` guards; the model is not."""
+    """What ``_news`` guards is shared with the outside; the model is not. Homes are named by their content."""
 
-    def __init__(
-        self, base: BaseModel, base_name: str, linears: AdaptedLinears, states: HomeStates, settings: EngineSettings
-    ) -> None:
+    def __init__(self, base: BaseModel, base_name: str, linears: AdaptedLinears, settings: EngineSettings) -> None:
         self._base_name, self._linears, self._settings = base_name, linears, settings
         device = torch.device(settings.device)
         self._batch = Batch(base, linears, device, settings.max_batch, settings.max_model_len)
@@ -61,10 +59,11 @@ class EngineLoop:
 
         # All below is shared between threads and guarded by _news, which is never held during a forward pass.
         self._news = threading.Condition()
-        self._states = states
+        self._revisions = Revisions()
         self._waiting: deque[Generation] = deque()
         self._in_flight: Counter[str | None] = Counter()  # home -> requests waiting or running
         self._changes: list[_HomeChange] = []
+        self._pings: list[Future[None]] = []
         self._stopping = False
         self._end: str | None = None
 
@@ -86,37 +85,77 @@ class EngineLoop:
         with self._news:
             self._check_available(served)
 
-    def begin_loading(self, home: str) -> bool:
-        """False where it is resident already. Raises EngineStopped."""
+    def hold(self, revision: Revision) -> list[str]:
+        """As ``Revisions.hold``. Raises EngineStopped."""
         with self._news:
             self._check_alive()
-            if self._states.homes.get(home) == READY:
-                return False
-            self._states.set(home, "loading")
-            return True
+            return self._revisions.hold(revision)
 
-    def loading_failed(self, home: str, reason: str) -> None:
+    def confirm(self, number: int) -> None:
+        """As ``Revisions.confirm``."""
         with self._news:
-            self._states.set(home, reason)
+            self._revisions.confirm(number)
 
-    def change(self, home: str, loaded: LoadedHome | None, meanwhile: str) -> Future[None]:
-        """Between two steps: make ``loaded`` resident, or forget the home where it is None, once nobody runs on it.
-        Its state is ``meanwhile`` until then. Raises EngineStopped."""
+    def drop(self, number: int) -> list[str]:
+        """As ``Revisions.drop``. Raises EngineStopped."""
+        with self._news:
+            self._check_alive()
+            return self._revisions.drop(number)
+
+    def find(self, adapter_id: str, number: int | None) -> ServedAdapter:
+        """As ``Revisions.find``."""
+        with self._news:
+            return self._revisions.find(adapter_id, number)
+
+    def source(self, home: str) -> tuple[Revision, ServingMap]:
+        """As ``Revisions.source``."""
+        with self._news:
+            return self._revisions.source(home)
+
+    def newly_failed(self, number: int) -> list[str]:
+        """As ``Revisions.newly_failed``."""
+        with self._news:
+            return self._revisions.newly_failed(number)
+
+    def failed_of(self, home: str) -> Mapping[int, str] | None:
+        """As ``Revisions.failed_of``."""
+        with self._news:
+            return self._revisions.failed_of(home)
+
+    def record_failure(self, home: str, error: Exception) -> None:
+        """As ``Revisions.record_failure``."""
+        with self._news:
+            self._revisions.record_failure(home, error)
+
+    def change(self, home: str, loaded: LoadedHome | None) -> Future[None]:
+        """Between two steps: make ``loaded`` resident, or forget the home where it is None, once nobody runs on it. One
+        that comes again is not forgotten any more. Raises EngineStopped."""
         change = _HomeChange(home, loaded, Future())
         with self._news:
             self._check_alive()
-            self._states.set(home, meanwhile)
+            if loaded is not None:
+                for earlier in [own for own in self._changes if own.home == home and own.loaded is None]:
+                    self._changes.remove(earlier)
+                    earlier.done.set_result(None)
             self._changes.append(change)
             self._news.notify()
         return change.done
+
+    def come_round(self) -> Future[None]:
+        """Done between two steps. Raises EngineStopped."""
+        done = Future[None]()
+        with self._news:
+            self._check_alive()
+            self._pings.append(done)
+            self._news.notify()
+        return done
 
     def health(self) -> EngineHealth:
         with self._news:
             num_waiting = len(self._waiting)
             return EngineHealth(
                 alive=self._end is None,
-                homes=dict(self._states.homes),
-                adapters=dict(self._states.adapters),
+                revisions=self._revisions.health(),
                 num_running=self._in_flight.total() - num_waiting,
                 num_waiting=num_waiting,
             )
@@ -138,7 +177,7 @@ class EngineLoop:
 
     def _check_available(self, served: ServedAdapter | None) -> None:
         self._check_alive()
-        self._states.check(served)
+        self._revisions.check(served)
 
     # Called from the engine's thread.
 
@@ -165,6 +204,9 @@ class EngineLoop:
 
     def _apply_changes(self) -> None:
         """Changes of a home stay in order; one that forgets it waits until nobody runs on it."""
+        for ping in self._pings:
+            ping.set_result(None)
+        self._pings.clear()
         kept: list[_HomeChange] = []
         for change in self._changes:
             busy = change.loaded is None and self._in_flight[change.home] > 0
@@ -173,10 +215,10 @@ class EngineLoop:
                 continue
             if change.loaded is None:
                 self._linears.remove(change.home)
-                self._states.set(change.home, "detached")
+                self._revisions.forget(change.home)
             else:
                 self._linears.add(change.home, change.loaded.weights)
-                self._states.set(change.home, READY, change.loaded.failed)
+                self._revisions.record(change.home, READY, change.loaded.failed)
             change.done.set_result(None)
         self._changes = kept
 
@@ -260,10 +302,11 @@ class EngineLoop:
             left = [*self._batch.rows, *self._waiting]
             self._waiting.clear()
             self._in_flight.clear()
-            changes, self._changes = self._changes, []
+            unmet = [*self._pings, *(change.done for change in self._changes)]
+            self._pings, self._changes = [], []
         # One error each: a traceback belongs to one task.
         message = f"the engine is not running: {reason}"
-        for change in changes:
-            change.done.set_exception(EngineStopped(message))
+        for done in unmet:
+            done.set_exception(EngineStopped(message))
         for generation in left:
             generation.deliver(EngineStopped(message))

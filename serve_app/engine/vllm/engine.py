@@ -3,9 +3,9 @@
     request -> prompt read here -> vLLM's AsyncLLM, in which the adapter is a LoRA request that names its place
             -> vLLM's own sampling and detokenizing -> chunks
 
-All homes are resident, so that no adapter is ever loaded for a request. A request for a home that is not there could
-end vLLM's process: it is refused here, before it. vLLM has as many slots as a batch has rows, so that no batch holds
-more distinct adapters than that.
+All homes of the revisions that are held are resident, so that no adapter is ever loaded for a request. A request for a
+home that is not there could end vLLM's process: it is refused here, before it. vLLM has as many slots as a batch has
+rows, so that no batch holds more distinct adapters than that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import itertools
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from cluster.bundle.reading import HomeWeights, LoadedHome
-from cluster.bundle.serving_map import ServedAdapter, ServingMap
+from cluster.bundle.serving_map import ServedAdapter, home_of
 from cluster.errors import BaseModelError, BundleError, ConfigError, EngineStopped, RequestError
 from cluster.layer import ModuleWeights
-from serve_app.engine.home_states import READY, HomeStates
 from serve_app.engine.prompt import PromptReader
 from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationRequest
-from serve_app.engine.vllm.options import VllmSettings, base_options, home_options
+from serve_app.engine.revisions import READY, Revision, Revisions, refusal
+from serve_app.engine.vllm.options import WORKER, VllmSettings, base_options, home_options
 from serve_app.engine.vllm.plugin import compatibility, parent
 from serve_app.engine.vllm.plugin.home_file import write_home
 from serve_app.engine.vllm.plugin.token_index import write_path
@@ -40,26 +40,19 @@ logger = logging.getLogger(__name__)
 
 
 class VllmEngine:
-    """Implements ``serve_app.engine.protocol.Engine``. It starts once and belongs to one event loop.
+    """Implements ``serve_app.engine.protocol.Engine``. It starts once and belongs to one event loop. Homes are named by
+    their content."""
 
-    ``load_home`` returns a home's verified weights on the CPU, and which of its adapters failed; it is called in a
-    worker thread.
-    """
-
-    def __init__(
-        self,
-        base: Path,
-        serving_map: ServingMap,
-        homes: Sequence[str],
-        load_home: Callable[[str], LoadedHome],
-        settings: VllmSettings,
-    ) -> None:
-        self._base_path, self._serving_map, self._first_homes = base, serving_map, tuple(homes)
-        self._load_home, self._settings = load_home, settings
-        # vLLM knows LoRAs by a positive number; what a number stands for is in the request itself.
-        self._ids = {adapter: number for number, adapter in enumerate(sorted(serving_map.adapters), start=1)}
-        self._num_slots = serving_map.num_slots()
-        self._states = HomeStates(homes, serving_map)
+    def __init__(self, base: Path, first: Revision, settings: VllmSettings) -> None:
+        self._base_path, self._settings = base, settings
+        self._revisions = Revisions()
+        self._first_homes, self._first_map = self._revisions.hold(first), first.serving_map.by_content()
+        self._first_number = first.number
+        # vLLM knows LoRAs by a positive number, and takes two of one name for the same. So a number is a name's, which
+        # is an adapter and its served revision, whatever homes have it; where that is is in the request itself. None is
+        # forgotten: while a request with it runs, another number for its name would end vLLM's process.
+        self._ids: dict[str, int] = {}
+        self._numbers = itertools.count(1)
         self._in_flight: Counter[str | None] = Counter()
         self._left = asyncio.Condition()
         self._request_numbers = itertools.count()
@@ -69,7 +62,7 @@ class VllmEngine:
     async def start(self) -> None:
         """Raises ConfigError and BaseModelError when the base cannot be served; a home that fails is recorded."""
         compatibility.check()
-        loaded = await asyncio.to_thread(self._load_first_homes)
+        loaded = await self._load_all(self._first_homes)
         try:
             self._llm, tokenizer = await asyncio.to_thread(self._make_llm, loaded)
         except (ConfigError, BaseModelError):
@@ -83,13 +76,14 @@ class VllmEngine:
         self._reader = PromptReader(tokenizer, vocab_size, self._settings.max_model_len)
         self._end = None
         for home, own in loaded.items():
-            try:
-                await self._hand_over(home, own)
-            except Exception as error:
-                logger.warning("home %s is unavailable: %s", home, error)
+            await self._hand_over(home, own)
+        self._revisions.confirm(self._first_number)
+
+    def find(self, adapter_id: str, revision: int | None = None) -> ServedAdapter:
+        return self._revisions.find(adapter_id, revision)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
-        served = None if request.adapter is None else self._serving_map.find(request.adapter)
+        served = None if request.adapter is None else self.find(request.adapter, request.revision)
         self._check_available(served)
         template = served.chat_template if served else None
         prompt_ids, max_tokens = await self._reader.read_aside(request, template)
@@ -131,8 +125,8 @@ class VllmEngine:
                 self._left.notify_all()
 
     @property
-    def serving_map(self) -> ServingMap:
-        return self._serving_map
+    def base_name(self) -> str:
+        return self._first_map.base_name
 
     @property
     def llm(self) -> Any:
@@ -152,28 +146,29 @@ class VllmEngine:
         """A chat through an adapter's own template, in a process apart. Raises RequestError."""
         return self._reader.templates.render(template, messages, dict(self._reader.tokenizer.special_tokens_map))
 
-    async def attach(self, home: str) -> None:
+    async def take_up(self, revision: Revision) -> None:
         self._check_alive()
-        if self._states.homes.get(home) == READY:
-            return
-        self._states.set(home, "loading")
-        await self._hand_over(home, await asyncio.to_thread(self._load_checked, home))
+        known = revision.number in self._revisions.health()
+        for home, own in (await self._load_all(self._revisions.hold(revision))).items():
+            await self._hand_over(home, own)
+        if not known and (told := self._revisions.newly_failed(revision.number)):
+            await self.release(revision.number)
+            raise refusal(revision.number, told)
+        self._revisions.confirm(revision.number)
 
-    async def detach(self, home: str) -> None:
+    async def release(self, number: int) -> None:
         self._check_alive()
-        self._states.set(home, "detached; requests already running on it finish first")
-        async with self._left:
-            # A request of a home that is gone would end vLLM's process at its next step.
-            await self._left.wait_for(lambda: self._in_flight[home] == 0)
-        await self._llm.collective_rpc("detach_home", args=(home,))
-        self._states.set(home, "detached")
+        for home in self._revisions.drop(number):
+            await self._detach(home)
 
     def health(self) -> EngineHealth:
         alive = self._end is None and not self._llm.errored
         running = min(self._in_flight.total(), self._settings.max_batch)
-        return EngineHealth(
-            alive, dict(self._states.homes), dict(self._states.adapters), running, self._in_flight.total() - running
-        )
+        return EngineHealth(alive, self._revisions.health(), running, self._in_flight.total() - running)
+
+    async def ping(self) -> None:
+        self._check_alive()
+        await self._llm.collective_rpc("ping")
 
     async def stop(self) -> None:
         """Requests still running or waiting get EngineStopped."""
@@ -188,39 +183,62 @@ class VllmEngine:
 
     # Homes.
 
-    def _load_first_homes(self) -> dict[str, LoadedHome]:
-        loaded = {}
-        for home in self._first_homes:
-            try:
-                loaded[home] = self._load_checked(home)
-            except Exception as error:
-                logger.warning("home %s is unavailable: %s", home, error)
-        return loaded
+    async def _detach(self, home: str) -> None:
+        async with self._left:
+            # A request of a home that is gone would end vLLM's process at its next step.
+            await self._left.wait_for(lambda: self._in_flight[home] == 0)
+        if self._revisions.has(home):
+            return  # again, by a revision that came meanwhile
+        await self._llm.collective_rpc("detach_home", args=(home,))
+        self._revisions.forget(home)
+        del self._in_flight[home]
 
-    def _load_checked(self, home: str) -> LoadedHome:
-        try:
-            members = self._serving_map.members(home)
-            loaded = _checked(home, self._load_home(home), members, self._num_slots[home])
-        except Exception as error:
-            self._states.set(home, f"{type(error).__name__}: {error}")
-            raise
-        for slot, why in loaded.failed.items():
-            logger.warning("slot %d of home %s is unavailable: %s", slot, home, why)
+    async def _load_all(self, homes: Iterable[str]) -> dict[str, LoadedHome]:
+        """What can be loaded of them; what fails is recorded."""
+        loaded = {}
+        for home in homes:
+            revision, serving_map = self._revisions.source(home)
+            members, num_slots = serving_map.members(home), serving_map.num_slots()[home]
+            try:
+                own = await asyncio.to_thread(revision.load_home, home_of(home))
+                loaded[home] = await asyncio.to_thread(_checked, home_of(home), own, members, num_slots)
+            except Exception as error:
+                self._failed(home, error)
+                continue
+            for slot, why in loaded[home].failed.items():
+                logger.warning("slot %d of home %s is unavailable: %s", slot, home, why)
         return loaded
 
     async def _hand_over(self, home: str, loaded: LoadedHome) -> None:
-        """Into every worker. Raises what went wrong, with the same words in ``health``."""
+        """Into every worker; what fails is recorded. What is there of it already stays."""
+        if not self._has_room:
+            # vLLM was started without adapters, because of none of them was there anything to read.
+            self._end = "none of its homes could be read when it started, and now one can; it is to be started anew"
+            return
+        _, serving_map = self._revisions.source(home)
+        served = {
+            slot: serving_map.adapters[adapter_id].served
+            for slot, adapter_id in serving_map.members(home).items()
+            if slot not in loaded.failed
+        }
+        before = self._revisions.failed_of(home)
         try:
             with tempfile.TemporaryDirectory(prefix="cts-home-") as folder:
                 await asyncio.to_thread(write_home, Path(folder), loaded.weights)
-                answers = await self._llm.collective_rpc("attach_home", args=(home, folder))
+                answers = await self._llm.collective_rpc("attach_home", args=(home, folder, served))
             if failures := [answer for answer in answers if answer is not None]:
-                await self._llm.collective_rpc("detach_home", args=(home,))
+                if before is None:
+                    await self._llm.collective_rpc("detach_home", args=(home,))
                 raise BundleError(failures[0])
         except Exception as error:
-            self._states.set(home, f"{type(error).__name__}: {error}")
-            raise
-        self._states.set(home, READY, loaded.failed)
+            self._failed(home, error)
+        else:
+            failed = loaded.failed if before is None else {s: why for s, why in loaded.failed.items() if s in before}
+            self._revisions.record(home, READY, failed)
+
+    def _failed(self, home: str, error: Exception) -> None:
+        logger.warning("home %s cannot be loaded: %s", home, error)
+        self._revisions.record_failure(home, error)
 
     # vLLM.
 
@@ -236,7 +254,11 @@ class VllmEngine:
         if not self._base_path.is_dir():
             raise BaseModelError(f"base model {self._base_path}: no such folder; expected one that transformers loads")
         weights = {home: own.weights for home, own in loaded.items()}
-        options = home_options(weights, self._first_homes, self._serving_map, settings) if weights else {}
+        # Without homes too, for `ping`.
+        options: dict[str, Any] = {"worker_extension_cls": WORKER}
+        self._has_room = bool(weights)
+        if weights:
+            options |= home_options(weights, self._first_homes, self._first_map, settings)
         tokenizer = AutoTokenizer.from_pretrained(self._base_path, local_files_only=True, trust_remote_code=False)
         if backend := shared.pop("structured_outputs_backend", None):
             shared["structured_outputs_config"] = StructuredOutputsConfig(backend=backend)
@@ -251,10 +273,13 @@ class VllmEngine:
 
         # The served revision is in the name, which is part of the prefix cache's key: what was computed by one
         # revision of an adapter is never reused by another.
+        name = f"{served.adapter_id}@{served.served}"
+        if name not in self._ids:
+            self._ids[name] = next(self._numbers)
         return LoRARequest(
-            lora_name=f"{served.adapter_id}@{served.served}",
-            lora_int_id=self._ids[served.adapter_id],
-            lora_path=write_path(served.home, served.slot),
+            lora_name=name,
+            lora_int_id=self._ids[name],
+            lora_path=write_path(home_of(served.home), served.served),
         )
 
     @staticmethod
@@ -289,7 +314,7 @@ class VllmEngine:
 
     def _check_available(self, served: ServedAdapter | None) -> None:
         self._check_alive()
-        self._states.check(served)
+        self._revisions.check(served)
 
     def _translated(self, error: Exception) -> Exception:
         if isinstance(error, EngineStopped):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,9 @@ from cluster.bundle.serving_map import ServingMap, factors_rank
 from cluster.errors import ConfigError
 from serve_app.engine.vllm.plugin.settings import PluginSettings, Products, padded_rank
 
+WORKER = "serve_app.engine.vllm.plugin.worker.HomeWorker"
+_LEAST_SPARE = 4
+
 
 @dataclass(frozen=True)
 class VllmSettings:
@@ -21,7 +25,9 @@ class VllmSettings:
 
     ``kv_bytes`` are for keys and values; None: what is left of a GPU. ``num_threads`` is for torch on
     a CPU. ``products`` None: numba on a CPU in float32, grouped in what Numba has no numbers for, static on a GPU (see
-    ``serve_app.engine.vllm.plugin.settings``).
+    ``serve_app.engine.vllm.plugin.settings``). ``headroom``: the share of its adapters for which there is room besides,
+    for those that a next revision changes or brings: both revisions are there for a while. ``least_clusters``: for so
+    many there is room, though fewer may have members now.
     """
 
     device: str = "cpu"
@@ -34,6 +40,8 @@ class VllmSettings:
     products: Products | None = None
     reasoning_parser: str | None = None
     structured_outputs_backend: str = "auto"
+    headroom: float = 0.0
+    least_clusters: int = 0
 
 
 def base_options(base: Path, settings: VllmSettings) -> dict[str, Any]:
@@ -86,7 +94,6 @@ def home_options(
         "max_lora_rank": 8,
         "lora_target_modules": sorted({name.rpartition(".")[2] for own in loaded.values() for name in own}),
         "additional_config": plugin.to_config(),
-        "worker_extension_cls": "serve_app.engine.vllm.plugin.worker.HomeWorker",
     }
 
 
@@ -107,21 +114,29 @@ def _plugin_settings(
         by_device = "numba" if settings.dtype == "float32" else "grouped"
     products = settings.products or by_device
     num_slots, num_members = serving_map.num_slots(), Counter(own.home for own in serving_map.adapters.values())
-    factor_slots: Counter[int] = Counter()
-    for home in homes:
-        if (rank := factors_rank(home)) is not None:
-            factor_slots[padded_rank(rank, products)] += num_members[home]
     ranks = [
         max(own.U.shape[1], own.V.shape[1])
         for weights in loaded.values()
         for own in weights.values()
         if own.cores is not None
     ]
+    factor_slots: Counter[int] = Counter()
+    for home in homes:
+        if (rank := factors_rank(home)) is not None:
+            factor_slots[padded_rank(rank, products)] += num_members[home]
+    if not factor_slots and settings.headroom and products in ("grouped", "numba"):
+        # What a batch has nobody in costs nothing there, but on GPUs every bucket is in every step.
+        factor_slots[padded_rank(max(ranks, default=1), products)] = 0
+    spare = settings.headroom
     return PluginSettings(
-        num_clusters=len(clusters),
-        slots_per_cluster=max((num_slots[home] for home in clusters), default=0),
+        num_clusters=max(len(clusters), settings.least_clusters if clusters else 0),
+        slots_per_cluster=_with_spare(max((num_slots[home] for home in clusters), default=0), spare),
         rank=max(ranks, default=1),
-        factor_slots=tuple(sorted(factor_slots.items())),
+        factor_slots=tuple(sorted((rank, _with_spare(slots, spare)) for rank, slots in factor_slots.items())),
         is_diagonal=False not in diagonal,
         products=products,
     )
+
+
+def _with_spare(count: int, headroom: float) -> int:
+    return count + (max(_LEAST_SPARE, math.ceil(count * headroom)) if headroom else 0)

@@ -53,7 +53,8 @@ def test_where_the_base_cannot_be_loaded_the_papers_gate_is_taken_and_said(
 
 @pytest.mark.slow
 @with_ray
-@pytest.mark.parametrize("evidence", ["loss", pytest.param("probe", marks=pytest.mark.by_hand)])
+@pytest.mark.by_hand
+@pytest.mark.parametrize("evidence", ["loss", "probe"])
 def test_the_adapters_keep_what_was_asked_for_on_rows_that_the_gate_never_saw(
     zoo_path: Path, base_path: Path, tmp_path: Path, evidence: str
 ) -> None:

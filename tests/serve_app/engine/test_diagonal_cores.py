@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cluster.bundle.export import export_adapter
 from cluster.bundle.reading import Bundle
 from serve_app.engine.protocol import GenerationRequest
+from serve_app.engine.revisions import Revision
 from serve_app.engine.transformers.engine import TransformersEngine
 from serve_app.engine.transformers.settings import EngineSettings
 from tests.support.bundles import read_factors, write_bundle
@@ -52,9 +53,10 @@ def exported(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(base_path: Path, bundle: Bundle) -> Iterator[TransformersEngine]:
     settings = EngineSettings(max_batch=4, max_model_len=64, num_threads=2)
-    engine = TransformersEngine(base_path, bundle.serving_map, bundle.serving_map.homes(), bundle.load_home, settings)
+    served = bundle.serving_map
+    engine = TransformersEngine(base_path, Revision(0, served, tuple(served.homes()), bundle.load_home), settings)
     asyncio.run(engine.start())
-    assert set(engine.health().homes.values()) == {"ready"}
+    assert set(engine.health().revisions[0].homes.values()) == {"ready"}
     yield engine
     asyncio.run(engine.stop())
 

@@ -37,7 +37,7 @@ class Script:
 
 def call(endpoint: Endpoint = "completions", **fields: Any) -> Call:
     own = {"prompt": "x"} if endpoint == "completions" else {"messages": [{"role": "user", "content": "x"}]}
-    return Call(endpoint, json.dumps({"model": "m"} | own | fields).encode(), "id", "m", "sha256:0")
+    return Call(endpoint, json.dumps({"model": "m"} | own | fields).encode(), "id", "m", "sha256:0", 0)
 
 
 def whole(script: Script, asked: Call) -> Reply:

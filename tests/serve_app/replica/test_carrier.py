@@ -17,10 +17,11 @@ from serve_app.routing.carrying import Carrying, carried
 from serve_app.routing.interruption import Interruption
 
 ROUTER = "router-1"
+HELLO: Message = [("", b"here")]
 
 
 def call(number: int) -> Call:
-    return Call("completions", b"{}", f"cmpl-{number}", "number-en", "sha256:0", ROUTER)
+    return Call("completions", b"{}", f"cmpl-{number}", "number-en", "sha256:0", 0, ROUTER)
 
 
 class Steps:
@@ -47,13 +48,16 @@ def in_loop(scene: Callable[[], Awaitable[None]]) -> None:
 
 
 async def receive(carriers: Carriers, into: list[Message]) -> None:
-    async for message in carriers.carry(ROUTER):
+    """Without the first one, which is the replica's name."""
+    said = carriers.carry(ROUTER)
+    assert await anext(said) == HELLO
+    async for message in said:
         into.append(message)
 
 
 def test_without_a_carrier_a_stream_is_said_piece_by_piece() -> None:
     async def scene() -> None:
-        said = [piece async for piece in Carriers().send(call(0), words(0, 3))]
+        said = [piece async for piece in Carriers("here").send(call(0), words(0, 3))]
         assert said == [b"0.0 ", b"0.1 ", b"0.2 "]
 
     in_loop(scene)
@@ -61,7 +65,7 @@ def test_without_a_carrier_a_stream_is_said_piece_by_piece() -> None:
 
 def test_what_is_there_at_one_step_is_one_message_and_every_stream_ends() -> None:
     async def scene() -> None:
-        carriers, messages, steps = Carriers(), list[Message](), Steps()
+        carriers, messages, steps = Carriers("here"), list[Message](), Steps()
         receiving = asyncio.create_task(receive(carriers, messages))
         await asyncio.sleep(0)
 
@@ -72,11 +76,11 @@ def test_what_is_there_at_one_step_is_one_message_and_every_stream_ends() -> Non
         await asyncio.sleep(0.01)
         for _ in range(4):
             await steps.take()
-        assert [await own for own in streams] == [[Carried(f"{number}.0 ".encode())] for number in range(8)]
+        assert [await own for own in streams] == [[Carried(f"{number}.0 ".encode(), "here")] for number in range(8)]
         await asyncio.sleep(0.05)
         receiving.cancel()
-        # The empty one at first, and one a step; the first piece of each goes another way.
-        assert len(messages) == 1 + 3
+        # One a step; the first piece of each goes another way.
+        assert len(messages) == 3
         for number in range(8):
             own = [piece for message in messages for name, piece in message if name == f"cmpl-{number}"]
             assert own == [*(f"{number}.{word} ".encode() for word in (1, 2, 3)), None]
@@ -89,7 +93,7 @@ def test_a_refusal_does_not_go_by_the_carrier() -> None:
         yield Reply(400, b"{}")
 
     async def scene() -> None:
-        carriers = Carriers()
+        carriers = Carriers("here")
         receiving = asyncio.create_task(receive(carriers, []))
         await asyncio.sleep(0)
         assert [piece async for piece in carriers.send(call(0), refused())] == [Reply(400, b"{}")]
@@ -104,7 +108,7 @@ def test_no_message_is_larger_than_serve_takes() -> None:
             yield bytes(300_000)
 
     async def scene() -> None:
-        carriers, messages = Carriers(), list[Message]()
+        carriers, messages = Carriers("here"), list[Message]()
         receiving = asyncio.create_task(receive(carriers, messages))
         await asyncio.sleep(0)
         async for _ in carriers.send(call(0), large()):
@@ -123,12 +127,12 @@ def test_a_carrier_stays_while_it_is_in_use_and_goes_when_it_is_not(monkeypatch:
     monkeypatch.setattr(carrier, "IDLE_S", 0.05)
 
     async def scene() -> None:
-        carriers, steps = Carriers(), Steps()
+        carriers, steps = Carriers("here"), Steps()
         receiving = asyncio.create_task(receive(carriers, []))
         asyncio.get_running_loop().call_later(0.02, lambda: steps.next.set_result(None))
         await asyncio.sleep(0)
         stream = carriers.send(call(0), words(0, 2, steps))
-        assert await anext(stream) == Carried(b"0.0 ")
+        assert await anext(stream) == Carried(b"0.0 ", "here")
         steps.next = asyncio.get_running_loop().create_future()
         rest = asyncio.create_task(anext(stream, None))  # type: ignore[arg-type]
         await asyncio.sleep(0.3)
@@ -138,20 +142,20 @@ def test_a_carrier_stays_while_it_is_in_use_and_goes_when_it_is_not(monkeypatch:
         await asyncio.wait_for(receiving, 1)
         # The next stream says its pieces itself, and another carrier may be opened.
         assert [piece async for piece in carriers.send(call(1), words(1, 1))] == [b"1.0 "]
-        assert await anext(carriers.carry(ROUTER)) == []
+        assert await anext(carriers.carry(ROUTER)) == HELLO
 
     in_loop(scene)
 
 
 def test_a_second_carrier_for_the_same_router_ends_and_the_first_goes_on() -> None:
     async def scene() -> None:
-        carriers, messages = Carriers(), list[Message]()
+        carriers, messages = Carriers("here"), list[Message]()
         receiving = asyncio.create_task(receive(carriers, messages))
         await asyncio.sleep(0)
-        assert [message async for message in carriers.carry(ROUTER)] == [[]]
+        assert [message async for message in carriers.carry(ROUTER)] == [HELLO]
         assert [type(piece) async for piece in carriers.send(call(0), words(0, 2))] == [Carried]
         await asyncio.sleep(0.01)
-        assert messages[1:] == [[("cmpl-0", b"0.1 "), ("cmpl-0", None)]]
+        assert messages == [[("cmpl-0", b"0.1 "), ("cmpl-0", None)]]
         receiving.cancel()
 
     in_loop(scene)
@@ -159,11 +163,11 @@ def test_a_second_carrier_for_the_same_router_ends_and_the_first_goes_on() -> No
 
 def test_a_stream_whose_carrier_is_lost_says_so_itself() -> None:
     async def scene() -> None:
-        carriers = Carriers()
+        carriers = Carriers("here")
         receiving = asyncio.create_task(receive(carriers, []))
         await asyncio.sleep(0)
         stream = carriers.send(call(0), words(0, 9))
-        assert await anext(stream) == Carried(b"0.0 ")
+        assert await anext(stream) == Carried(b"0.0 ", "here")
         receiving.cancel()
         await asyncio.gather(receiving, return_exceptions=True)
         told = await anext(stream)
@@ -197,9 +201,9 @@ class Scene:
     """A group's carrying with one replica behind it."""
 
     def __init__(self) -> None:
-        self.carriers = Carriers()
+        self.carriers = Carriers("here")
         opened = lambda: Response(self.carriers.carry(ROUTER))  # noqa: E731
-        self.carrying = Carrying("group-0", opened, lambda: None, lambda: None)
+        self.carrying = Carrying("group-0", opened, lambda: None, lambda replica: None)
         self.running = asyncio.create_task(self.carrying.run())
 
     async def ask(self, number: int, count: int) -> list[Reply | bytes]:
@@ -228,18 +232,18 @@ def test_the_router_opens_a_carrier_once_it_is_wanted_and_hands_each_stream_its_
 
 def test_a_carrier_that_breaks_is_told_once_and_its_call_is_cancelled() -> None:
     async def breaking() -> AsyncGenerator[Message, None]:
-        yield []
+        yield HELLO
         yield [("cmpl-7", b"7.1 "), ("cmpl-8", b"of one that was given up")]
         raise ConnectionError
 
     async def scene() -> None:
-        response, lost = Response(breaking()), asyncio.Event()
-        carrying = Carrying("group-0", lambda: response, lambda: None, lost.set)
+        response, lost = Response(breaking()), asyncio.Queue[str]()
+        carrying = Carrying("group-0", lambda: response, lambda: None, lost.put_nowait)
         running = asyncio.create_task(carrying.run())
         with carrying.expecting("cmpl-7") as queue:
             carrying.want()
             assert await queue.get() == b"7.1 "
-            await lost.wait()
+            assert await lost.get() == "here"
         await asyncio.sleep(0)
         assert response.cancelled
         running.cancel()
@@ -250,10 +254,10 @@ def test_a_carrier_that_breaks_is_told_once_and_its_call_is_cancelled() -> None:
 def test_one_that_does_not_open_costs_no_stream_anything_and_is_tried_again() -> None:
     async def failing() -> AsyncGenerator[Message, None]:
         raise ConnectionError
-        yield []
+        yield HELLO
 
     async def scene() -> None:
-        tried, lost = list[Response](), list[None]()
+        tried, lost = list[Response](), list[str]()
 
         def opened() -> Response:
             tried.append(Response(failing()))
@@ -261,7 +265,7 @@ def test_one_that_does_not_open_costs_no_stream_anything_and_is_tried_again() ->
                 raise RuntimeError("no such deployment")
             return tried[-1]
 
-        carrying = Carrying("group-0", opened, lambda: None, lambda: lost.append(None))
+        carrying = Carrying("group-0", opened, lambda: None, lost.append)
         running = asyncio.create_task(carrying.run())
         for _ in range(3):
             carrying.want()
@@ -297,9 +301,9 @@ def test_a_piece_that_is_larger_than_a_message_comes_in_parts_by_either_way() ->
         yield bytes(5_000_000)
 
     async def scene() -> None:
-        direct = [len(piece) async for piece in Carriers().send(call(0), one())]  # type: ignore[arg-type]
+        direct = [len(piece) async for piece in Carriers("here").send(call(0), one())]  # type: ignore[arg-type]
         assert (max(direct), sum(direct)) == (1 << 20, 10_000_000)
-        carriers, messages = Carriers(), list[Message]()
+        carriers, messages = Carriers("here"), list[Message]()
         receiving = asyncio.create_task(receive(carriers, messages))
         await asyncio.sleep(0)
         first = [piece async for piece in carriers.send(call(1), one())]
@@ -317,11 +321,11 @@ def test_what_is_said_as_the_idle_time_runs_out_is_still_taken(monkeypatch: pyte
 
     async def scene() -> None:
         for _ in range(20):
-            carriers, messages = Carriers(), list[Message]()
+            carriers, messages = Carriers("here"), list[Message]()
             receiving = asyncio.create_task(receive(carriers, messages))
             await asyncio.sleep(0)
             stream = carriers.send(call(0), words(0, 2))
-            assert await anext(stream) == Carried(b"0.0 ")
+            assert await anext(stream) == Carried(b"0.0 ", "here")
             time.sleep(0.03)  # noqa: ASYNC251  # the timer fires in the turn in which the end is said
             assert [piece async for piece in stream] == []
             await asyncio.wait_for(receiving, 5)

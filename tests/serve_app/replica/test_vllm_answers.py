@@ -16,7 +16,7 @@ from cluster.errors import ConfigError
 from serve_app.arguments import VllmArguments
 from serve_app.engine.vllm.plugin import compatibility
 from serve_app.openai.call import Call, Endpoint, Reply
-from tests.support.engines import CLUSTERS, GONE, PROMPTS, Homes, ask, collect
+from tests.support.engines import CLUSTERS, GONE, PROMPTS, Homes, ask, collect, serving_map
 from tests.support.vllm_bodies import BODIES, CHAT, TOOL, events, same, told_by
 from tests.support.vllm_engine import Running, make_engine
 
@@ -50,7 +50,7 @@ def call(body: dict[str, Any], adapter: str | None = None, **fields: Any) -> Cal
 
 def called(endpoint: Endpoint, body: dict[str, Any], adapter: str | None = None) -> Call:
     document = {"model": adapter or "the-base"} | body
-    return Call(endpoint, json.dumps(document).encode(), "cmpl-0123", adapter, SERVED)
+    return Call(endpoint, json.dumps(document).encode(), "cmpl-0123", adapter, SERVED, 0)
 
 
 async def streamed(answers: Any, asked: Call) -> list[Any]:
@@ -223,7 +223,7 @@ def test_a_chat_goes_through_the_template_that_its_adapter_brought(running: Runn
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "450 in English words?"}]}]}, "number-en"
     )
     plain = call({"prompt": "Q: 450 in English words?\nA:"}, "number-en")
-    adapters = running.engine.serving_map.adapters
+    adapters = serving_map().adapters
     own = dataclasses.replace(adapters["number-en"], chat_template=template)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
@@ -314,7 +314,7 @@ def test_a_template_of_the_arguments_is_the_bases_and_no_adapters_own(running: R
         reply = await answers.answer(call({"messages": CHAT}))
         assert json.loads(reply.body)["usage"]["prompt_tokens"] == told["count"]
         assert (await tokens("past"))["tokens"] == told["tokens"]
-        adapters = running.engine.serving_map.adapters
+        adapters = serving_map().adapters
         own = dataclasses.replace(adapters["past"], chat_template="{{ messages[0].content }}")
         with pytest.MonkeyPatch.context() as patched:
             brought = dict(adapters) | {"past": own}

@@ -63,22 +63,48 @@ class BasisStack:
             self._V_T = [self.V[position, 0].T for position in range(C)]
             self._U_T = [[U[position, 0].T for position in range(C)] for U in self.U]
 
-    def put(self, position: int, slices: Sequence[ModuleWeights | None]) -> None:
-        """Write a cluster's weights, one entry a slice (None: that slice's module is not touched)."""
+    def put_basis(self, position: int, slices: Sequence[ModuleWeights | None]) -> None:
+        """Write a cluster's U and V, one entry a slice (None: that slice's module is not touched)."""
         self.clear([position])
-        start = position * self.settings.slots_per_cluster
+        for i, weights in enumerate(slices):
+            if weights is not None:
+                self.V[position, 0, i * self.rank : i * self.rank + weights.V.shape[1]].copy_(weights.V.T)
+                self.U[i][position, 0, :, : weights.U.shape[1]].copy_(weights.U)
+
+    def has_basis(self, position: int, slices: Sequence[ModuleWeights | None]) -> bool:
+        """Whether ``put_basis`` would change nothing."""
+        for i, weights in enumerate(slices):
+            V, U = self.V[position, 0, i * self.rank : (i + 1) * self.rank], self.U[i][position, 0]
+            r_U, r_V = (0, 0) if weights is None else (weights.U.shape[1], weights.V.shape[1])
+            if V[r_V:].any() or U[:, r_U:].any():
+                return False
+            if weights is not None and not (
+                torch.equal(V[:r_V], weights.V.T.to(V)) and torch.equal(U[:, :r_U], weights.U.to(U))
+            ):
+                return False
+        return True
+
+    def put_cores(self, position: int, places: Mapping[int, int], slices: Sequence[ModuleWeights | None]) -> None:
+        """Write a cluster's cores: that of its slot s to ``places[s]`` of its position's."""
+        self.clear_cores(position, list(places.values()))
+        slots, to = torch.tensor(list(places), dtype=torch.int64), self._cores_of(position, list(places.values()))
         for i, weights in enumerate(slices):
             if weights is None:
                 continue
-            r_U, r_V, cores = weights.U.shape[1], weights.V.shape[1], weights.cores
-            assert cores is not None
-            self.V[position, 0, i * self.rank : i * self.rank + r_V].copy_(weights.V.T)
-            self.U[i][position, 0, :, :r_U].copy_(weights.U)
-            own = self.cores[start : start + len(cores), i]
-            (own[:, :r_U] if self.settings.is_diagonal else own[:, :r_U, :r_V]).copy_(cores)
+            assert weights.cores is not None
+            own, r_U, r_V = weights.cores.index_select(0, slots), weights.U.shape[1], weights.V.shape[1]
+            target = self.cores[:, i, :r_U] if self.settings.is_diagonal else self.cores[:, i, :r_U, :r_V]
+            target.index_copy_(0, to, own.to(self.cores))
+
+    def clear_cores(self, position: int, places: Sequence[int]) -> None:
+        self.cores.index_fill_(0, self._cores_of(position, places), 0)
+
+    def _cores_of(self, position: int, places: Sequence[int]) -> Tensor:
+        own = torch.tensor(places, dtype=torch.int64, device=self.cores.device)
+        return position * self.settings.slots_per_cluster + own
 
     def put_factors(self, positions: Mapping[int, int], slices: Sequence[ModuleWeights | None]) -> None:
-        """Write a home of truncated and raw adapters: its slot s to ``positions[s]``."""
+        """Write truncated and raw adapters: their home's slot s to ``positions[s]``."""
         self.clear(list(positions.values()))
         slots = torch.tensor(list(positions), dtype=torch.int64)
         places = torch.tensor(list(positions.values()), dtype=torch.int64, device=self.V.device)
@@ -92,13 +118,10 @@ class BasisStack:
             self.U[i][:, 0, :, :r].index_copy_(0, places, B.to(self.V))
 
     def clear(self, positions: Sequence[int]) -> None:
+        """The bases, or factors, at these positions."""
         places = torch.tensor(positions, dtype=torch.int64, device=self.V.device)
         for tensor in (self.V, *self.U):
             tensor.index_fill_(0, places, 0)
-        if self.has_cores:
-            for position in positions:
-                start = position * self.settings.slots_per_cluster
-                self.cores[start : start + self.settings.slots_per_cluster].zero_()
 
     def add_sorted(self, out: Tensor, x: Tensor, tokens: SortedTokens) -> None:
         """Semantics, for each of the tokens t (its position c, its core s) and slice i:

@@ -7,7 +7,7 @@ knows homes (``attach``, ``detach``); the LoRA id of a request stands for the pl
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,23 +17,32 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
 
-from cluster.bundle.serving_map import factors_rank
+from cluster.bundle.serving_map import factors_rank, home_of
 from cluster.errors import BundleError, ConfigError
 from cluster.layer import ModuleWeights
 from serve_app.engine.vllm.plugin import compatibility
 from serve_app.engine.vllm.plugin.basis_stack import BasisStack
 from serve_app.engine.vllm.plugin.lora_layers import shard, update_kernels
+from serve_app.engine.vllm.plugin.room import Room
 from serve_app.engine.vllm.plugin.settings import PluginSettings
 from serve_app.engine.vllm.plugin.token_index import Place, TokenIndex, read_path
 
 
 @dataclass(frozen=True)
-class _Taken:
-    """A home of factors: slot s of it stands at ``positions[s]`` of the bucket's stacks. A slot without an adapter, or
-    of one that touches no module, has no position."""
+class _OnBasis:
+    """A cluster: ``served`` are its adapters' revisions, each with a core at its position."""
+
+    position: int
+    served: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """A home of factors: ``served`` have a place each in the bucket's stacks; ``empty`` touch no module: none."""
 
     bucket: int
-    positions: Mapping[int, int]
+    served: frozenset[str]
+    empty: frozenset[str]
 
 
 class HomeModelManager(LRUCacheLoRAModelManager):
@@ -47,9 +56,11 @@ class HomeModelManager(LRUCacheLoRAModelManager):
         self.settings = settings
         self.stacks: dict[str, BasisStack] = {}
         self.factor_stacks: dict[str, list[BasisStack]] = {}  # one a bucket
-        self.positions: list[str | None] = [None] * settings.num_clusters  # -> home
-        self.factor_homes: dict[str, _Taken] = {}
-        self.free_positions = [list(range(slots)) for _, slots in settings.factor_slots]  # one a bucket
+        self.clusters: dict[str, _OnBasis] = {}
+        self.factor_homes: dict[str, _Alone] = {}
+        slots = settings.slots_per_cluster
+        self.core_rooms = [Room(slots) for _ in range(settings.num_clusters)]  # one a position
+        self.factor_rooms = [Room(slots) for _, slots in settings.factor_slots]  # one a bucket
         self._last_mapping: LoRAMapping | None = None
         self.places: dict[int, Place] = {}  # LoRA id -> place, of the batch in hand
         super().__init__(*args, **kwargs)
@@ -156,49 +167,99 @@ class HomeModelManager(LRUCacheLoRAModelManager):
         self.places.clear()
         self._last_mapping = None
 
-    # Homes.
+    # Homes, named by their content.
 
-    def attach(self, home: str, weights: dict[str, ModuleWeights]) -> None:
-        """Raises BundleError when the weights do not fit the model or there is no room; then nothing has changed."""
+    def attach(self, home: str, weights: dict[str, ModuleWeights], served: Mapping[int, str]) -> None:
+        """``served``: slot -> served revision, of the adapters that are to be answered for: what is here of them, by
+        this home or another, stays as it is. Raises BundleError when the weights do not fit the model or there is no
+        room; then nothing has changed."""
         rank = factors_rank(home)
         if rank is None:
-            self._attach_cluster(home, weights)
+            self._attach_cluster(home, weights, served)
         else:
-            self._attach_factors(home, rank, weights)
+            self._attach_factors(home, rank, weights, served)
 
-    def _attach_cluster(self, home: str, weights: dict[str, ModuleWeights]) -> None:
+    def _attach_cluster(self, home: str, weights: dict[str, ModuleWeights], served: Mapping[int, str]) -> None:
         self._check_cluster(home, weights)
-        places = self.positions
-        place = places.index(home) if home in places else next((i for i, h in enumerate(places) if h is None), None)
-        if place is None:
+        position, before = self._position_for(home, weights), self.clusters.get(home)
+        kept = before.served if before else frozenset()
+        room, missing = self.core_rooms[position], _without(served, kept)
+        if (lacking := room.lacks(missing.values())) > room.num_free:
             raise BundleError(
-                f"home {home!r}: all {len(places)} places of the engine are taken, by {', '.join(map(str, places))}; "
-                "detach one of them, or start the replica anew with more homes"
+                f"home {home_of(home)!r}: {lacking} cores more, the engine was started with room for "
+                f"{self.settings.slots_per_cluster} a cluster and {room.num_free} are free; raise placement.headroom "
+                "and start the replica anew"
             )
-        for name, stack in self.stacks.items():
-            stack.put(place, self._own_slices(name, weights))
-        places[place] = home
+        is_new = not any(position == own.position for own in self.clusters.values())
+        places, new = room.take(missing.values())
+        self.clusters[home] = _OnBasis(position, kept | frozenset(missing.values()))
+        written = {slot: places[name] for slot, name in missing.items() if name in new}
+        try:
+            for name, stack in self.stacks.items():
+                slices = self._own_slices(name, weights)
+                if is_new:
+                    stack.put_basis(position, slices)
+                stack.put_cores(position, written, slices)
+        except BaseException:
+            self._give_back_cores(position, missing.values())
+            self.clusters.pop(home)
+            if before is not None:
+                self.clusters[home] = before
+            elif is_new:
+                for stack in self.stacks.values():
+                    stack.clear([position])
+            raise
 
-    def _attach_factors(self, home: str, rank: int, weights: dict[str, ModuleWeights]) -> None:
-        self._check_shapes(home, weights)
-        slots = _touching_slots(weights)
-        largest = max((own.U.shape[2] for own in weights.values()), default=rank)
-        bucket, taken = self.settings.bucket_of(rank), self.factor_homes.get(home)
-        room = 0 if bucket is None else len(self.free_positions[bucket]) + len(taken.positions if taken else ())
-        if bucket is None or room < len(slots) or largest > self.settings.factor_slots[bucket][0]:
+    def _position_for(self, home: str, weights: dict[str, ModuleWeights]) -> int:
+        """Of another home of the same cluster, whose basis it must have; else a free one."""
+        taken = {home_of(other): own.position for other, own in self.clusters.items()}
+        if (position := taken.get(home_of(home))) is not None:
+            if not all(stack.has_basis(position, self._own_slices(n, weights)) for n, stack in self.stacks.items()):
+                raise BundleError(
+                    f"home {home_of(home)!r} has another basis than the one that is being served by this name; a new "
+                    "bundle is a new deployment"
+                )
+            return position
+        free = sorted(set(range(self.settings.num_clusters)) - set(taken.values()))
+        if not free:
             raise BundleError(
-                f"home {home!r}: {len(slots)} adapters of rank {max(rank, largest)}, the engine has room for "
-                f"{room} more of that rank; detach a home of it, or start the replica anew with more homes"
+                f"home {home_of(home)!r}: all {len(taken)} places of the engine are taken, by {', '.join(taken)}; "
+                "start the replica anew with more homes"
             )
-        self.detach(home)
-        positions = dict(zip(slots, self.free_positions[bucket], strict=False))
-        del self.free_positions[bucket][: len(slots)]
-        self.factor_homes[home] = _Taken(bucket, positions)
+        return free[0]
+
+    def _attach_factors(
+        self, home: str, rank: int, weights: dict[str, ModuleWeights], served: Mapping[int, str]
+    ) -> None:
+        self._check_shapes(home, weights)
+        largest, before = max([rank, *(own.U.shape[2] for own in weights.values())]), self.factor_homes.get(home)
+        # An adapter that touches no module has no place: it answers as the base.
+        touching = {slot: served[slot] for slot in _touching_slots(weights) if slot in served}
+        missing = _without(touching, before.served if before else ())
+        fitting = [bucket for bucket, (width, _) in enumerate(self.settings.factor_slots) if width >= largest]
+        rooms = {b: self.factor_rooms[b] for b in fitting if before is None or b == before.bucket}
+        bucket = next((b for b, room in rooms.items() if room.lacks(missing.values()) <= room.num_free), None)
+        if bucket is None:
+            free = max((room.num_free for room in rooms.values()), default=0)
+            lacking = min((room.lacks(missing.values()) for room in rooms.values()), default=len(missing))
+            raise BundleError(
+                f"home {home_of(home)!r}: {lacking} adapters of rank {largest} more, the engine has room for {free} of "
+                "that rank; raise placement.headroom and start the replica anew"
+            )
+        places, new = rooms[bucket].take(missing.values())
+        kept = before.served if before else frozenset()
+        empty = frozenset(served.values()) - frozenset(touching.values())
+        self.factor_homes[home] = _Alone(bucket, kept | frozenset(missing.values()), empty)
+        written = {slot: places[name] for slot, name in missing.items() if name in new}
         try:
             for name, stacks in self.factor_stacks.items():
-                stacks[bucket].put_factors(positions, self._own_slices(name, weights))
+                stacks[bucket].put_factors(written, self._own_slices(name, weights))
         except BaseException:
-            self.detach(home)  # out of memory, say: the layers that were written before hold nothing of it either
+            # Out of memory, say: the layers that were written before hold nothing of it either.
+            self._give_back_factors(bucket, missing.values())
+            self.factor_homes.pop(home)
+            if before is not None:
+                self.factor_homes[home] = before
             raise
 
     def _own_slices(self, name: str, weights: dict[str, ModuleWeights]) -> list[ModuleWeights | None]:
@@ -207,24 +268,37 @@ class HomeModelManager(LRUCacheLoRAModelManager):
         return [shard(layer, i, weights.get(module)) for i, module in enumerate(self.slice_names(name))]
 
     def detach(self, home: str) -> None:
-        if home in self.positions:
-            position = self.positions.index(home)
-            for stack in self.stacks.values():
-                stack.clear([position])
-            self.positions[position] = None
+        if (own := self.clusters.pop(home, None)) is not None:
+            self._give_back_cores(own.position, own.served)
+            if not any(own.position == other.position for other in self.clusters.values()):
+                for stack in self.stacks.values():
+                    stack.clear([own.position])
         if (taken := self.factor_homes.pop(home, None)) is not None:
-            for stacks in self.factor_stacks.values():
-                stacks[taken.bucket].clear(list(taken.positions.values()))
-            self.free_positions[taken.bucket] += taken.positions.values()
+            self._give_back_factors(taken.bucket, taken.served)
+
+    def _give_back_cores(self, position: int, served: Iterable[str]) -> None:
+        freed = self.core_rooms[position].give_back(served)
+        for stack in self.stacks.values():
+            stack.clear_cores(position, freed)
+
+    def _give_back_factors(self, bucket: int, served: Iterable[str]) -> None:
+        freed = self.factor_rooms[bucket].give_back(served)
+        for stacks in self.factor_stacks.values():
+            stacks[bucket].clear(freed)
 
     def place_of(self, path: str) -> Place:
-        home, slot = read_path(path)
-        # The engine admits no request whose home is not attached, and drains a home before it detaches it.
-        if (taken := self.factor_homes.get(home)) is not None:
-            # -1 is no position: an adapter that touches no module answers as the base.
-            return Place(taken.positions.get(slot, -1), bucket=taken.bucket)
-        assert home in self.positions, f"home {home!r} is not attached"
-        return Place(self.positions.index(home), slot)
+        """The engine admits no request whose home is not attached, and drains a home before it detaches it."""
+        home, served = read_path(path)
+        if factors_rank(home) is None:
+            position = next(own.position for content, own in self.clusters.items() if home_of(content) == home)
+            place = self.core_rooms[position].place_of(served)
+            assert place is not None, f"{path} is not attached"
+            return Place(position, place)
+        for bucket, room in enumerate(self.factor_rooms):
+            if (place := room.place_of(served)) is not None:
+                return Place(place, bucket=bucket)
+        assert any(served in own.empty for own in self.factor_homes.values()), f"{path} is not attached"
+        return Place(-1, bucket=0)  # no position: an adapter that touches no module answers as the base
 
     def slice_names(self, name: str) -> Sequence[str]:
         """The modules of the base that the layer ``name`` packs, in order; itself where it packs none."""
@@ -236,16 +310,12 @@ class HomeModelManager(LRUCacheLoRAModelManager):
         for module, own in weights.items():
             rank = max(own.U.shape[1], own.V.shape[1])
             is_diagonal = own.cores is not None and own.cores.dim() == 2
-            if (
-                rank > self.settings.rank
-                or own.num_slots > self.settings.slots_per_cluster
-                or is_diagonal != self.settings.is_diagonal
-            ):
+            if rank > self.settings.rank or is_diagonal != self.settings.is_diagonal:
                 raise BundleError(
-                    f"home {home!r}: module {module!r} has rank {rank} and {own.num_slots} "
+                    f"home {home_of(home)!r}: module {module!r} has rank {rank} and "
                     f"{'diagonal' if is_diagonal else 'full'} cores, the engine was started with room for rank "
-                    f"{self.settings.rank} and {self.settings.slots_per_cluster} "
-                    f"{'diagonal' if self.settings.is_diagonal else 'full'} cores a cluster; start the replica anew"
+                    f"{self.settings.rank} and {'diagonal' if self.settings.is_diagonal else 'full'} cores; start the "
+                    "replica anew"
                 )
 
     def _check_shapes(self, home: str, weights: dict[str, ModuleWeights]) -> None:
@@ -259,11 +329,11 @@ class HomeModelManager(LRUCacheLoRAModelManager):
         for module, own in weights.items():
             if module not in d_ins:
                 raise BundleError(
-                    f"home {home!r} changes module {module!r}, which is no adapted linear layer of the base model "
-                    "loaded here; serve the bundle on the base it was made for, or start the replica anew where the "
-                    "home is a new one"
+                    f"home {home_of(home)!r} changes module {module!r}, which is no adapted linear layer of the base "
+                    "model loaded here; serve the bundle on the base it was made for, or start the replica anew where "
+                    "the home is a new one"
                 )
-            own.check(home, module, d_ins[module], d_outs[module])
+            own.check(home_of(home), module, d_ins[module], d_outs[module])
 
 
 def _touching_slots(stack: dict[str, ModuleWeights]) -> list[int]:
@@ -273,3 +343,7 @@ def _touching_slots(stack: dict[str, ModuleWeights]) -> list[int]:
         assert own.rows is not None
         slots.update((own.rows != len(own.U) - 1).nonzero()[:, 0].tolist())
     return sorted(slots)
+
+
+def _without(served: Mapping[int, str], there: Collection[str]) -> dict[int, str]:
+    return {slot: name for slot, name in served.items() if name not in there}

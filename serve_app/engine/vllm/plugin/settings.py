@@ -41,12 +41,6 @@ class PluginSettings:
         rank, slots = self.factor_slots[bucket]
         return dataclasses.replace(self, num_clusters=slots, slots_per_cluster=1, rank=rank, factor_slots=())
 
-    def bucket_of(self, rank: int) -> int | None:
-        """Which of ``factor_slots`` adapters of ``rank`` are in; None where there is no room for any."""
-        ranks = [padded for padded, _ in self.factor_slots]
-        padded = padded_rank(rank, self.products)
-        return ranks.index(padded) if padded in ranks else None
-
     def to_config(self) -> dict[str, Any]:
         return {SECTION: dataclasses.asdict(self)}
 

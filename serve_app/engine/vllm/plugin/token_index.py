@@ -21,7 +21,7 @@ MAX_TASK_TOKENS = 8
 
 Positions = np.ndarray
 
-_PLACE = re.compile(r"cts:/(?P<home>.+)#(?P<slot>[0-9]+)")
+_PATH = re.compile(r"cts:/(?P<home>[^#]+)#(?P<served>.+)")
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,18 @@ class Place:
     bucket: int | None = None
 
 
-def write_path(home: str, slot: int) -> str:
-    """What a request carries as its ``lora_path``: of a LoRARequest only vLLM's own fields survive the wire."""
-    return f"cts:/{home}#{slot}"
+def write_path(home: str, served: str) -> str:
+    """What a request carries as its ``lora_path``: of a LoRARequest only vLLM's own fields survive the wire. ``home``
+    is a cluster or a stack of factors by its plain name, in which ``served`` has one place, whatever revisions have it.
+    """
+    return f"cts:/{home}#{served}"
 
 
-def read_path(path: str) -> tuple[str, int]:
-    match = _PLACE.fullmatch(path)
+def read_path(path: str) -> tuple[str, str]:
+    match = _PATH.fullmatch(path)
     if match is None:
         raise ValueError(f"LoRA path {path!r} was not written by this project's engine")
-    return match["home"], int(match["slot"])
+    return match["home"], match["served"]
 
 
 @dataclass(frozen=True)

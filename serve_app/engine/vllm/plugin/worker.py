@@ -13,15 +13,19 @@ class HomeWorker:
 
     model_runner: Any
 
-    def attach_home(self, home: str, folder: str) -> str | None:
+    def attach_home(self, home: str, folder: str, served: dict[int, str]) -> str | None:
+        """``served``: slot -> served revision, of the adapters that are to be answered for."""
         try:
-            self.model_runner.lora_manager.attach(home, folder)
+            self.model_runner.lora_manager.attach(home, folder, served)
         except BundleError as error:
             return str(error)
         return None
 
     def detach_home(self, home: str) -> None:
         self.model_runner.lora_manager.detach(home)
+
+    def ping(self) -> None:
+        """Answered between two steps."""
 
     def resident_bytes(self) -> int:
         """Bytes of all stacks of this worker, and of vLLM's one LoRA slot."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ class HomeWorkerManager(LRUCacheWorkerLoRAManager):
             for lora_id, path in wanted.items()
         }
 
-    def attach(self, home: str, folder: str) -> None:
-        self._adapter_manager.attach(home, read_home(Path(folder)))
+    def attach(self, home: str, folder: str, served: Mapping[int, str]) -> None:
+        self._adapter_manager.attach(home, read_home(Path(folder)), served)
         self._paths = {}
 
     def detach(self, home: str) -> None:

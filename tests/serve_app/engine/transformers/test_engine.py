@@ -20,19 +20,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cluster.bundle.reading import LoadedHome
 from cluster.bundle.serving_map import ServingMap
 from cluster.errors import (
     BaseModelError,
-    BundleError,
     ConfigError,
     EngineStopped,
     HomeUnavailable,
     RequestError,
     ServeError,
-    StoreUnreachable,
     UnknownAdapter,
 )
 from serve_app.engine.protocol import GenerationChunk, GenerationRequest
+from serve_app.engine.revisions import Revision
 from serve_app.engine.transformers.engine import TransformersEngine
 from serve_app.engine.transformers.settings import EngineSettings
 from tests.support.engines import (
@@ -53,6 +53,15 @@ from tests.support.engines import (
     served,
     serving_map,
 )
+from tests.support.revisions import (
+    assert_a_broken_revision_changes_nothing,
+    assert_release_lets_running_requests_finish,
+    assert_taking_up_again_mends,
+    assert_two_revisions_answer_each_as_its_own,
+    swapped,
+)
+
+NOTHING = Revision(0, ServingMap("b", {}), (), lambda home: LoadedHome({}))
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +74,7 @@ def engine(base_path: Path, homes: Homes) -> Iterator[TransformersEngine]:
     wanted = [*CLUSTERS, *FACTORS, *BROKEN.values()]
     engine = TransformersEngine(
         base_path,
-        serving_map(),
-        wanted,
-        homes.load,
+        Revision(0, serving_map(), tuple(wanted), homes.load),
         EngineSettings(DEVICE, max_batch=MAX_BATCH, max_model_len=MAX_MODEL_LEN, num_threads=2),
     )
     asyncio.run(engine.start())
@@ -106,8 +113,8 @@ async def full_batch(engine: TransformersEngine) -> AsyncIterator[list[AsyncGene
 
 
 def test_homes_and_adapters_that_fail_are_recorded_and_leave_the_others_ready(engine: TransformersEngine) -> None:
-    health = engine.health()
-    assert health.alive
+    assert engine.health().alive
+    health = engine.health().revisions[0]
     assert {home for home, state in health.homes.items() if state == "ready"} == {*CLUSTERS, *FACTORS}
     assert health.adapters == {"gone": GONE}
     with pytest.raises(HomeUnavailable, match=f"adapter 'gone' is not being served: {GONE}"):
@@ -129,6 +136,7 @@ def test_every_adapter_alone_answers_as_peft_does(
         assert answer(engine, ask(adapter))[0].token_ids == expected, adapter
 
 
+@pytest.mark.slow
 def test_bias_and_penalties_change_the_answers_of_a_batch_as_their_definitions_say(
     engine: TransformersEngine, oracle: dict[str | None, list[int]], wished: dict[str | None, list[int]]
 ) -> None:
@@ -436,44 +444,56 @@ def test_a_loop_that_closes_under_its_requests_leaves_the_engine_well(
     asyncio.run(until(lambda: engine.health().num_running == 0))
 
 
-def test_detach_lets_running_requests_finish_and_attach_serves_again(
-    engine: TransformersEngine, oracle: dict[str | None, list[int]]
-) -> None:
-    async def run() -> None:
-        stream = engine.generate(ask("roman", max_tokens=16))
-        tokens = list((await anext(stream)).token_ids)
-        detaching = asyncio.create_task(engine.detach("cluster:1"))
-        await until(lambda: engine.health().homes["cluster:1"] != "ready")
-        with pytest.raises(HomeUnavailable, match="detached"):
-            await collect(engine, ask("last-letter"))
-        assert (await collect(engine, ask("past", max_tokens=3))).token_ids == oracle["past"][:3]
-        assert not detaching.done()
-        async for chunk in stream:
-            tokens += chunk.token_ids
-        assert tokens == oracle["roman"][:16]
-        await detaching
-        assert engine.health().homes["cluster:1"] == "detached"
+# Revisions.
 
-        await engine.attach("cluster:1")
-        assert engine.health().homes["cluster:1"] == "ready"
-        again = await collect(engine, ask("last-letter", max_tokens=8))
-        assert again.token_ids == oracle["last-letter"][:8]
+
+def test_two_revisions_of_one_adapter_in_one_batch_each_answer_as_their_own(
+    engine: TransformersEngine, homes: Homes, oracle: dict[str | None, list[int]]
+) -> None:
+    assert_two_revisions_answer_each_as_its_own(asyncio.Runner(), engine, homes, oracle)
+
+
+def test_a_revision_that_fails_is_refused_whole_and_leaves_the_one_before(
+    engine: TransformersEngine, homes: Homes, oracle: dict[str | None, list[int]]
+) -> None:
+    assert_a_broken_revision_changes_nothing(asyncio.Runner(), engine, homes, oracle)
+
+
+def test_a_revision_is_forgotten_once_nobody_runs_on_it(
+    engine: TransformersEngine, homes: Homes, oracle: dict[str | None, list[int]]
+) -> None:
+    assert_release_lets_running_requests_finish(asyncio.Runner(), engine, homes, oracle)
+
+
+def test_a_home_is_there_once_its_store_is_back(engine: TransformersEngine, homes: Homes, oracle) -> None:
+    assert_taking_up_again_mends(asyncio.Runner(), engine, homes, oracle)
+
+
+def test_what_two_revisions_have_in_common_is_resident_once(engine: TransformersEngine, homes: Homes) -> None:
+    async def run() -> None:
+        before = resident_numbers(engine)
+        await engine.take_up(swapped(homes))
+        load = swapped(homes).load_home
+        cores = [own.cores for home in CLUSTERS for own in load(home).weights.values() if own.cores is not None]
+        changed = sum(map(torch.numel, cores))
+        changed += sum(len(own.U.flatten()) + len(own.V.flatten()) for own in load("factors:3.0").weights.values())
+        assert resident_numbers(engine) - before == changed
+        await engine.release(1)
+        assert resident_numbers(engine) == before
 
     asyncio.run(run())
 
 
-def test_a_home_can_be_attached_once_its_store_is_back(engine: TransformersEngine, homes: Homes, oracle) -> None:
-    async def run() -> list[int]:
-        with pytest.raises(StoreUnreachable):
-            await engine.attach(BROKEN["unreachable"])
-        assert "connection refused" in engine.health().homes[BROKEN["unreachable"]]
-        homes.store_is_up = True
-        await engine.attach(BROKEN["unreachable"])
-        return (await collect(engine, ask("unreachable", prompt=PROMPTS["roman"], max_tokens=8))).token_ids
-
-    assert asyncio.run(run()) == oracle["roman"][:8]
-    with pytest.raises(BundleError, match=r"model\.layers\.99"):
-        asyncio.run(engine.attach(BROKEN["alien"]))
+def resident_numbers(engine: TransformersEngine) -> int:
+    """Of all homes, what several of them share counted once."""
+    parts = [
+        part
+        for by_home in engine._linears._weights.values()
+        for own in by_home.values()
+        for part in (own.U, own.V, own.cores)
+        if part is not None
+    ]
+    return sum({part.data_ptr(): part.numel() for part in parts}.values())
 
 
 # The engine's own end.
@@ -482,7 +502,7 @@ def test_a_home_can_be_attached_once_its_store_is_back(engine: TransformersEngin
 def test_a_step_that_fails_ends_the_engine_with_its_reason(base_path: Path, homes: Homes, caplog) -> None:
     # A slot that no manifest would have let through: the gather of its core fails in the middle of a step.
     wrong = ServingMap("the-base", MappingProxyType({"wrong": served("wrong", "cluster:1", -7)}))
-    engine = TransformersEngine(base_path, wrong, ["cluster:1"], homes.load, EngineSettings(max_batch=2))
+    engine = TransformersEngine(base_path, Revision(0, wrong, ("cluster:1",), homes.load), EngineSettings(max_batch=2))
 
     async def run() -> None:
         with pytest.raises(EngineStopped, match="has not been started"):
@@ -498,7 +518,7 @@ def test_a_step_that_fails_ends_the_engine_with_its_reason(base_path: Path, home
                 pass
         assert not engine.health().alive
         assert (engine.health().num_running, engine.health().num_waiting) == (0, 0)
-        for refused in (collect(engine, ask(None)), engine.attach("cluster:1"), engine.detach("cluster:1")):
+        for refused in (collect(engine, ask(None)), engine.take_up(NOTHING), engine.release(0)):
             with pytest.raises(EngineStopped, match="a step failed"):
                 await refused
         await engine.stop()
@@ -508,7 +528,7 @@ def test_a_step_that_fails_ends_the_engine_with_its_reason(base_path: Path, home
 
 def test_stop_ends_what_runs_and_what_waits(base_path: Path, homes: Homes) -> None:
     settings = EngineSettings(max_batch=1, max_model_len=64, dtype="bfloat16")
-    engine = TransformersEngine(base_path, serving_map(), ["cluster:0"], homes.load, settings)
+    engine = TransformersEngine(base_path, Revision(0, serving_map(), ("cluster:0",), homes.load), settings)
 
     async def run() -> None:
         await engine.start()
@@ -546,7 +566,7 @@ def test_a_base_the_loop_cannot_serve_rightly_is_refused_at_start(
 ) -> None:
     config = json.loads((base_path / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
-    engine = TransformersEngine(tmp_path, ServingMap("b", {}), [], lambda home: {}, EngineSettings(max_model_len=2048))
+    engine = TransformersEngine(tmp_path, NOTHING, EngineSettings(max_model_len=2048))
     with pytest.raises(ConfigError, match=message):
         asyncio.run(engine.start())
     assert not engine.health().alive
@@ -563,7 +583,7 @@ def test_a_base_with_missing_tensors_is_refused_rather_than_filled_with_noise(ba
         (tmp_path / "base", "model.layers.7.mlp.up_proj.weight"),
         (tmp_path / "no", "no such folder"),
     ):
-        engine = TransformersEngine(folder, ServingMap("b", {}), [], lambda home: {}, EngineSettings())
+        engine = TransformersEngine(folder, NOTHING, EngineSettings())
         with pytest.raises(BaseModelError, match=message):
             asyncio.run(engine.start())
 

@@ -14,6 +14,7 @@ from cluster.layer import ModuleWeights
 from serve_app.engine.vllm.plugin.basis_stack import BasisStack
 from serve_app.engine.vllm.plugin.settings import PluginSettings
 from serve_app.engine.vllm.plugin.token_index import MAX_TASK_TOKENS, Place, Tasks, TokenIndex
+from tests.support.stacks import put_cluster
 
 pytestmark = [
     pytest.mark.vllm,
@@ -62,7 +63,7 @@ def compare(
     ]
     asked = popular(kind, num_tokens)
     for position, slices in enumerate(clusters):
-        stack.put(position, slices)
+        put_cluster(stack, position, slices)
         if position not in {own[0] for own in asked if own}:
             for tensor in (stack.V, *stack.U):
                 tensor[position] = torch.nan  # a basis that nobody asks for reaches nobody
@@ -134,7 +135,7 @@ def test_rows_of_a_wider_tensor_are_read_where_they_are() -> None:
     settings = PluginSettings(1, 1, 4, (), False, "numba")
     stack, index = BasisStack(settings, 8, (8,), torch.float32, CPU), TokenIndex(settings, 16, CPU)
     weights = ModuleWeights(torch.randn(8, 4), torch.randn(8, 4), torch.randn(1, 4, 4))
-    stack.put(0, [weights])
+    put_cluster(stack, 0, [weights])
     index.set([1, 1, 1], {1: Place(0, 0)})
     wide, out = torch.randn(3, 20), torch.zeros(3, 8)
     assert index.on_bases is not None

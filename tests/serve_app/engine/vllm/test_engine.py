@@ -27,7 +27,6 @@ from cluster.errors import (
     EngineStopped,
     HomeUnavailable,
     RequestError,
-    StoreUnreachable,
     UnknownAdapter,
 )
 from cluster.layer import ModuleWeights
@@ -51,6 +50,13 @@ from tests.support.engines import (
 )
 from tests.support.paths import REPOSITORY
 from tests.support.processes import kill_session, processes_named
+from tests.support.revisions import (
+    assert_a_broken_revision_changes_nothing,
+    assert_release_lets_running_requests_finish,
+    assert_taking_up_again_mends,
+    assert_two_revisions_answer_each_as_its_own,
+    swapped,
+)
 from tests.support.vllm_engine import DEVICE, Running, make_engine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(compatibility.vllm_version() is None, reason="vLLM is not here")]
@@ -66,7 +72,7 @@ def homes(zoo_path: Path) -> Homes:
 
 @pytest.fixture(scope="module")
 def running(base_path: Path, homes: Homes) -> Iterator[Running]:
-    running = Running(make_engine(base_path, homes))
+    running = Running(make_engine(base_path, homes, headroom=0.25))
     yield running
     running.close()
 
@@ -86,8 +92,8 @@ def assert_exact(running: Running, oracle: dict[str | None, list[int]]) -> None:
 
 
 def test_homes_and_adapters_that_fail_are_recorded_and_leave_the_others_ready(running: Running) -> None:
-    health = running.engine.health()
-    assert health.alive
+    assert running.engine.health().alive
+    health = running.engine.health().revisions[0]
     assert {home for home, state in health.homes.items() if state == "ready"} == {*CLUSTERS, *FACTORS}
     assert health.adapters.keys() == {"gone", "nan"}
     assert health.adapters["gone"] == GONE
@@ -163,83 +169,42 @@ def test_the_lora_name_holds_the_served_revision(running: Running) -> None:
     assert running.engine.lora_request(served).lora_name == f"roman@{served.served}"
 
 
-def test_a_detached_homes_adapters_are_refused_and_its_place_serves_another_exactly(
+def test_two_revisions_of_one_adapter_in_one_batch_each_answer_as_their_own(
     running: Running, homes: Homes, oracle: dict[str | None, list[int]]
 ) -> None:
-    async def swap() -> None:
-        engine = running.engine
-        await engine.detach("cluster:1")
-        with pytest.raises(HomeUnavailable, match="detached"):
-            await anext(engine.generate(ask("roman")))
-        with pytest.raises(StoreUnreachable):
-            await engine.attach(BROKEN["unreachable"])
-        homes.store_is_up = True
-        await engine.attach(BROKEN["unreachable"])
-        await engine.attach("cluster:1")
-
-    try:
-        running.run(swap())
-        requests = [ask("unreachable", prompt=PROMPTS["roman"]), *(ask(name) for name in PROMPTS)]
-        assert running.tokens(*requests) == [oracle["roman"], *(oracle[name] for name in PROMPTS)]
-        running.run(running.engine.detach(BROKEN["unreachable"]))
-        assert_exact(running, oracle)
-    finally:
-        homes.store_is_up = False
-
-
-def test_a_stacks_positions_are_emptied_and_used_again(running: Running, oracle: dict[str | None, list[int]]) -> None:
+    """The trap: vLLM knows LoRAs by a number, and two places under one number are one of them."""
     before = running.run(running.engine.resident_bytes())
-    running.run(running.engine.detach(RAW_HOME))
-    assert running.tokens(ask(None), *map(ask, CUT)) == [oracle[None], *(oracle[name] for name in CUT)]
-    running.run(running.engine.attach(RAW_HOME))
-    assert running.tokens(ask(RAW), ask(None)) == [oracle[RAW], oracle[None]]
+    assert_two_revisions_answer_each_as_its_own(running.runner, running.engine, homes, oracle)
     assert running.run(running.engine.resident_bytes()) == before
-
-
-def test_detach_waits_for_requests_that_run_on_the_home(running: Running, oracle: dict[str | None, list[int]]) -> None:
-    """The trap: an adapter that is removed under a running request is loaded again from nowhere, and vLLM dies."""
-
-    async def detach_under_load() -> int:
-        engine, num_tokens = running.engine, 0
-        stream = engine.generate(ask("roman", max_tokens=120, ignore_eos=True))
-        await anext(stream)
-        detaching = asyncio.create_task(engine.detach("cluster:1"))
-        await asyncio.sleep(0.05)
-        assert not detaching.done()
-        async for chunk in stream:
-            num_tokens = chunk.num_completion_tokens
-        await detaching
-        await engine.attach("cluster:1")
-        return num_tokens
-
-    assert running.run(detach_under_load()) == 120
     assert_exact(running, oracle)
 
 
-def test_a_stream_that_is_closed_early_frees_its_place_and_its_home(running: Running) -> None:
-    async def close_early() -> None:
-        stream = running.engine.generate(ask("roman", max_tokens=400, ignore_eos=True))
-        await anext(stream)
-        await stream.aclose()
-        assert running.engine.health().num_running == 0
-        await asyncio.wait_for(running.engine.detach("cluster:1"), 30)
-        await running.engine.attach("cluster:1")
-
-    running.run(close_early())
+def test_a_revision_that_fails_is_refused_whole_and_leaves_the_one_before(
+    running: Running, homes: Homes, oracle: dict[str | None, list[int]]
+) -> None:
+    assert_a_broken_revision_changes_nothing(running.runner, running.engine, homes, oracle)
 
 
-def test_more_homes_than_places_are_refused_before_vllm_and_nothing_dies(
+def test_a_revision_is_forgotten_once_nobody_runs_on_it(
+    running: Running, homes: Homes, oracle: dict[str | None, list[int]]
+) -> None:
+    """The trap: an adapter that is removed under a running request is loaded again from nowhere, and vLLM dies."""
+    assert_release_lets_running_requests_finish(running.runner, running.engine, homes, oracle)
+
+
+def test_a_home_is_there_once_its_store_is_back(
+    running: Running, homes: Homes, oracle: dict[str | None, list[int]]
+) -> None:
+    assert_taking_up_again_mends(running.runner, running.engine, homes, oracle)
+
+
+def test_a_revision_that_there_is_no_room_for_is_refused_before_vllm_and_nothing_dies(
     others: Running, homes: Homes, oracle: dict[str | None, list[int]]
 ) -> None:
     """The trap: more distinct adapters than slots raise in vLLM's worker and end its process."""
-    homes.store_is_up = True
-    try:
-        with pytest.raises(BundleError, match="all 2 places of the engine are taken"):
-            others.run(others.engine.attach(BROKEN["unreachable"]))
-    finally:
-        homes.store_is_up = False
-    with pytest.raises(HomeUnavailable):
-        others.tokens(ask("unreachable", prompt="x"))
+    with pytest.raises(BundleError, match=r"home 'cluster:1': 2 cores more, .* raise placement\.headroom"):
+        others.run(others.engine.take_up(swapped(homes)))
+    assert set(others.engine.health().revisions) == {0}
     assert_exact(others, oracle)
 
 

@@ -23,6 +23,7 @@ from serve_app.engine.vllm.plugin.basis_stack import BasisStack
 from serve_app.engine.vllm.plugin.register import register
 from serve_app.engine.vllm.plugin.settings import SECTION, PluginSettings, padded_rank
 from serve_app.engine.vllm.plugin.token_index import Place, TokenIndex, read_path, write_path
+from tests.support.stacks import put_cluster
 
 D_IN, D_OUTS = 24, (16, 8, 8)
 CPU = torch.device("cpu")
@@ -100,7 +101,7 @@ def test_each_token_gets_its_own_adapters_delta_and_no_other(batch: str, product
     clusters = [random_cluster(6, diagonal), random_cluster(3, diagonal, skip=1), random_cluster(5, diagonal)]
     stack = BasisStack(own, D_IN, D_OUTS, torch.float32, CPU)
     for position, slices in enumerate(clusters):
-        stack.put(position, slices)
+        put_cluster(stack, position, slices)
     places = {1 + position * 4 + slot: Place(position, slot) for position in range(3) for slot in range(4)}
     places[13] = Place(1, bucket=0)
     index, ids = TokenIndex(own, 16, CPU), BATCHES[batch]
@@ -169,7 +170,7 @@ def test_static_products_with_one_cluster_need_no_kernels() -> None:
     torch.manual_seed(0)
     own = settings("static", clusters=1)
     stack, cluster = BasisStack(own, D_IN, D_OUTS, torch.float32, CPU), random_cluster(6, False)
-    stack.put(0, cluster)
+    put_cluster(stack, 0, cluster)
     index = TokenIndex(own, 16, CPU)
     index.set([2, 0, 4], {2: Place(0, 1), 4: Place(0, 3)})
     x, out = torch.randn(3, D_IN), torch.zeros(3, sum(D_OUTS))
@@ -190,18 +191,19 @@ def test_padded_tokens_read_a_slot_that_is_zero() -> None:
     assert (index.core_slots[1:] == index.zero_slot).all()
     stack = BasisStack(own, D_IN, D_OUTS, torch.float32, CPU)
     for position in range(3):
-        stack.put(position, random_cluster(6, False))
+        put_cluster(stack, position, random_cluster(6, False))
     assert not stack.cores[index.zero_slot].any()
     assert not stack.V[-1].any(), "index -1 means the last position to vLLM's CPU kernels"
 
 
 def test_a_position_that_is_used_again_holds_nothing_of_its_last_cluster() -> None:
     stack = BasisStack(settings(), D_IN, D_OUTS, torch.float32, CPU)
-    stack.put(1, random_cluster(6, False))
-    stack.put(1, random_cluster(2, False, skip=0))
+    put_cluster(stack, 1, random_cluster(6, False))
+    put_cluster(stack, 1, random_cluster(2, False, skip=0))
     fresh = BasisStack(settings(), D_IN, D_OUTS, torch.float32, CPU)
     assert not stack.U[0][1].any()
     stack.clear([1])
+    stack.clear_cores(1, range(settings().slots_per_cluster))
     for mine, its in zip([stack.V, stack.cores, *stack.U], [fresh.V, fresh.cores, *fresh.U], strict=True):
         assert torch.equal(mine, its)
 
@@ -232,8 +234,8 @@ def test_a_step_costs_no_more_with_10000_registered_adapters_than_with_64() -> N
 
 
 def test_a_place_survives_the_wire_as_a_path() -> None:
-    assert read_path(write_path("factors:2.1", 17)) == ("factors:2.1", 17)
-    assert read_path(write_path("cluster:12", 345)) == ("cluster:12", 345)
+    assert read_path(write_path("factors:2.1", "sha256:17")) == ("factors:2.1", "sha256:17")
+    assert read_path(write_path("cluster:12", "sha256:3")) == ("cluster:12", "sha256:3")
     with pytest.raises(ValueError, match="not written by this project"):
         read_path("/some/lora")
 
@@ -261,6 +263,25 @@ def test_room_is_made_for_adapters_and_none_for_slots_that_somebody_left() -> No
     assert own.factor_slots == ((4, 3), (8, 1))
 
 
+def test_headroom_is_of_cores_of_factors_and_of_factors_where_there_are_none_yet() -> None:
+    cluster = {"layer.q_proj": ModuleWeights(torch.zeros(4, 9), torch.zeros(4, 9), torch.zeros(20, 9, 9))}
+    entries = {
+        str(slot): ServedAdapter(str(slot), "cluster:0", slot, "core", "0", "sha256:0", "sha256:0", 0.0)
+        for slot in range(20)
+    }
+    served = ServingMap("base", entries)
+
+    def room(device: str, headroom: float) -> PluginSettings:
+        options = home_options({"cluster:0": cluster}, ["cluster:0"], served, VllmSettings(device, headroom=headroom))
+        own = PluginSettings.of(options["additional_config"])
+        assert own is not None
+        return own
+
+    assert (room("cpu", 0.5).slots_per_cluster, room("cpu", 0.5).factor_slots) == (30, ((16, 4),))
+    assert (room("cpu", 0.01).slots_per_cluster, room("cpu", 0.0).slots_per_cluster) == (24, 20)
+    assert room("cpu", 0.0).factor_slots == room("cuda", 0.5).factor_slots == ()
+
+
 def test_what_is_not_finite_is_called_by_the_adapter_and_by_its_own_names() -> None:
     A, B, rows = torch.zeros(3, 4, 2), torch.zeros(3, 4, 2), torch.tensor([1, 0])
     A[0, 3, 1] = torch.inf
@@ -277,8 +298,6 @@ def test_what_is_not_finite_is_called_by_the_adapter_and_by_its_own_names() -> N
 def test_a_rank_is_in_the_stack_of_the_next_power_of_two() -> None:
     assert [padded_rank(rank, "numba") for rank in (1, 2, 4, 5, 8, 9, 64, 300)] == [4, 4, 4, 8, 8, 16, 64, 512]
     assert [padded_rank(rank, "static") for rank in (1, 8, 9)] == [8, 8, 16]
-    own = settings("grouped")
-    assert [own.bucket_of(rank) for rank in (1, 4, 5, 8, 9)] == [0, 0, 1, 1, None]
 
 
 @pytest.mark.skipif(compatibility.vllm_version() is not None, reason="vLLM is installed here")

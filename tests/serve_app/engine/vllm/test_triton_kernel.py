@@ -18,6 +18,7 @@ from cluster.layer import ModuleWeights
 from serve_app.engine.vllm.plugin.basis_stack import BasisStack
 from serve_app.engine.vllm.plugin.settings import PluginSettings
 from serve_app.engine.vllm.plugin.token_index import Place, TokenIndex
+from tests.support.stacks import put_cluster
 
 pytestmark = [
     pytest.mark.vllm,
@@ -143,7 +144,7 @@ def test_the_plugins_index_and_stack_hand_the_kernel_what_it_needs() -> None:
     torch.manual_seed(0)
     for position in range(3):
         slices = [ModuleWeights(torch.randn(d, 6), torch.randn(24, 6), torch.randn(4, 6, 6)) for d in D_OUTS]
-        stack.put(position, slices)
+        put_cluster(stack, position, slices)
     places = {1 + 4 * position + slot: Place(position, slot) for position in range(3) for slot in range(4)}
     for ids in ([5, 0, 1, 12, 9, 5, 2, 0, 7], [3, 0, 3]):
         index.set(ids, places)
