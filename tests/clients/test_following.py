@@ -25,6 +25,8 @@ from tests.support.bundles import flip_a_byte, move_current, write_bundle
 from tests.support.load import NUM_TOKENS, PROMPT, Load, ask
 from tests.support.serving import ENGINE, Peft, ray_with_serve
 
+pytestmark = pytest.mark.slow
+
 INTERVAL_S = 0.5
 FOLDERS = ("roman", "number-en", "country-fr", "past", "last-letter")
 LIMITS: dict[str, Any] = {"limits.max_batch": 8, "limits.max_model_len": 512}
@@ -143,7 +145,6 @@ def held(app: App) -> list[list[int]]:
     return [own["revisions"] for group in groups for own in group["replicas"].values()]
 
 
-@pytest.mark.slow
 def test_a_broken_revision_is_refused_with_its_reason_and_the_old_one_goes_on(
     deploy: Callable[..., App], revisions: Revisions
 ) -> None:
@@ -168,7 +169,6 @@ def test_a_broken_revision_is_refused_with_its_reason_and_the_old_one_goes_on(
     wait_until(lambda: all(own == [good.revision] for own in held(app)))
 
 
-@pytest.mark.slow
 def test_current_that_moves_to_another_bundle_or_is_damaged_leaves_what_is_served(
     deploy: Callable[..., App], revisions: Revisions
 ) -> None:
@@ -187,7 +187,6 @@ def test_current_that_moves_to_another_bundle_or_is_damaged_leaves_what_is_serve
     assert_answers(app, revisions, revisions.manifests[0])
 
 
-@pytest.mark.slow
 def test_a_replica_that_starts_beside_a_broken_revision_brings_nobody_over_to_it(
     deploy: Callable[..., App], revisions: Revisions
 ) -> None:
@@ -203,7 +202,6 @@ def test_a_replica_that_starts_beside_a_broken_revision_brings_nobody_over_to_it
     assert is_refused(app, 1)
 
 
-@pytest.mark.slow
 def test_an_object_that_is_put_back_is_served_without_a_restart(
     deploy: Callable[..., App], revisions: Revisions
 ) -> None:
@@ -233,7 +231,6 @@ def kill_replicas(app: App) -> None:
 
 
 @pytest.mark.by_hand
-@pytest.mark.slow
 def test_a_pinned_revision_stays(deploy: Callable[..., App], revisions: Revisions) -> None:
     first = revisions.manifests[0]
     app = deploy(bundle=f"{revisions.out}/bundles/{first.bundle}", revision=0)
@@ -262,8 +259,8 @@ def is_served(app: App, number: int) -> bool:
 @pytest.mark.parametrize(
     ("moves", "clients", "routers"),
     [
-        pytest.param(6, 6, 1, marks=[pytest.mark.slow]),
-        pytest.param(20, 32, 2, marks=[pytest.mark.slow, pytest.mark.by_hand]),
+        (6, 6, 1),
+        pytest.param(20, 32, 2, marks=pytest.mark.by_hand),
     ],
 )
 def test_under_load_no_request_fails_and_none_is_answered_by_another_revision_than_it_names(

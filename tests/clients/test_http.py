@@ -261,6 +261,7 @@ def test_a_stream_cut_anywhere_in_emoji_signs_and_marks_says_what_the_whole_answ
     assert len({whole for whole, _ in told}) > 12
 
 
+@pytest.mark.slow
 def test_seeded_sampling_is_reproducible_alone_and_in_company(app: App) -> None:
     def sample(seed: int) -> str:
         return app.say("add", "Once", temperature=1.0, seed=seed, max_tokens=10).choices[0].text

@@ -38,6 +38,7 @@ def report(out: Path) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 def test_a_shared_basis_is_chosen_to_meet_the_target_and_the_choice_is_recorded(
     base_path: Path, zoo_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

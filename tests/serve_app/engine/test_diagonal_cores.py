@@ -98,6 +98,7 @@ def test_a_bundle_hands_out_diagonal_cores_as_vectors(bundle: Bundle) -> None:
         assert weights.U.shape[1] == weights.V.shape[1] == 8 + 16
 
 
+@pytest.mark.slow
 def test_answers_through_diagonal_cores_are_pefts_with_the_export_alone_and_beside_full_cores(
     base_path: Path, exported: Path, engine: TransformersEngine
 ) -> None:

@@ -163,6 +163,7 @@ def test_an_endless_template_does_not_outlive_its_parent() -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_who_waits_for_an_adapters_template_keeps_nobody_else_from_being_read(tokenizer: Any) -> None:
     slow = "{% for a in range(40000) %}{% for b in range(20) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
     reader = PromptReader(tokenizer, 49152, 512)

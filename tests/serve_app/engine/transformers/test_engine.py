@@ -210,6 +210,7 @@ def test_a_stop_that_is_a_special_token_ends_the_answer_though_no_text_has_it(
     assert caught.value.param == "stop"
 
 
+@pytest.mark.slow
 def test_a_mixed_batch_joined_at_different_times_answers_as_peft_does(
     engine: TransformersEngine, oracle: dict[str | None, list[int]]
 ) -> None:
@@ -246,6 +247,7 @@ def test_one_prompt_through_every_adapter_at_once_answers_as_each_alone(engine: 
     assert len({tuple(a.token_ids) for a in alone}) > len(PROMPTS) // 2
 
 
+@pytest.mark.slow
 def test_prompts_of_very_different_lengths_prefill_together_as_alone(engine: TransformersEngine, tokenizer) -> None:
     """Beyond the first block of the KV cache, too."""
     long = tokenizer(" ".join(f"item {i}," for i in range(90)))["input_ids"]
@@ -259,6 +261,7 @@ def test_prompts_of_very_different_lengths_prefill_together_as_alone(engine: Tra
 # Sampling.
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_text_whatever_else_runs(engine: TransformersEngine) -> None:
     seeded = ask("number-en", temperature=0.9, top_p=0.95, seed=5, max_tokens=10)
     others = [
@@ -453,12 +456,14 @@ def test_two_revisions_of_one_adapter_in_one_batch_each_answer_as_their_own(
     assert_two_revisions_answer_each_as_its_own(asyncio.Runner(), engine, homes, oracle)
 
 
+@pytest.mark.slow
 def test_a_revision_that_fails_is_refused_whole_and_leaves_the_one_before(
     engine: TransformersEngine, homes: Homes, oracle: dict[str | None, list[int]]
 ) -> None:
     assert_a_broken_revision_changes_nothing(asyncio.Runner(), engine, homes, oracle)
 
 
+@pytest.mark.slow
 def test_a_revision_is_forgotten_once_nobody_runs_on_it(
     engine: TransformersEngine, homes: Homes, oracle: dict[str | None, list[int]]
 ) -> None:
