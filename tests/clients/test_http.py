@@ -23,6 +23,7 @@ from cluster.bundle.manifest import Manifest
 from cluster.bundle.revisions import object_key
 from cluster.errors import BaseModelError, ConfigError, PlacementError
 from serve_app.app import build
+from serve_app.routing.following import RouterState
 from tests.support.application import PATIENCE_S, App, wait_until
 from tests.support.bundles import flip_a_byte, write_bundle
 from tests.support.malformed import BODIES, REQUESTS
@@ -627,7 +628,8 @@ def held_by_group(app: App) -> dict[str, list[str]]:
 
 def homes_of(app: str, group: str) -> list[str]:
     async def ask() -> list[str]:
-        return list((await serve.get_deployment_handle(group, app).status.remote()).homes)
+        status = await serve.get_deployment_handle(group, app).status.remote(RouterState("a test", None, None))
+        return list(status.health.revisions[0].homes)
 
     return asyncio.run(ask())
 
