@@ -162,7 +162,9 @@ class Router:
             serving = self._map.served.revision if self._map.served else None
             await group.refresh(RouterState(self._id, serving, self._map.wanted))
             waiting = [asyncio.ensure_future(news) for news in (self._map.changed(), group.is_suspect.wait())]
-            await asyncio.wait(waiting, timeout=POLL_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
+            # One that is not there is waited for: asking costs nothing then, and its first request may be on its way.
+            interval_s = POLL_INTERVAL_S if group.alive else POLL_INTERVAL_S / 5
+            await asyncio.wait(waiting, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED)
             for one in waiting:
                 one.cancel()
 

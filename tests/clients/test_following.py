@@ -92,8 +92,11 @@ def deploy(revisions: Revisions, port: int) -> Iterator[Callable[..., App]]:
         serve.run(build(args | {"refresh_interval_s": INTERVAL_S} | options), name=name, route_prefix=f"/{name}")
         names.append(name)
         app = App(port, name, f"/{name}")
-        wait_until(lambda: app.call("GET", "/ready?all=1")[0] == 200 or (not is_strict and bool(replicas(app))))
+        wait_until(lambda: is_ready(app) or (not is_strict and bool(replicas(app))))
         return app
+
+    def is_ready(app: App) -> bool:
+        return all(app.call("GET", "/ready?all=1")[0] == 200 for _ in range(8))  # by every router that there may be
 
     yield deploy
     for name in names:

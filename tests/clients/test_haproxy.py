@@ -77,7 +77,7 @@ def app(tmp_path_factory: pytest.TempPathFactory, base_path: Path, zoo_path: Pat
         def is_ready() -> bool:
             assert process.poll() is None, "serve run ended"
             with contextlib.suppress(OSError, http.client.HTTPException, json.JSONDecodeError):
-                return app.call("GET", "/ready")[0] == 200
+                return all(app.call("GET", "/ready")[0] == 200 for _ in range(8))  # by both routers
             return False
 
         wait_until(is_ready)

@@ -84,7 +84,8 @@ def deploy(bundle: Bundle, base_path: Path, port: int) -> Callable[..., App]:
         args = {"bundle": str(bundle.path), "base": str(base_path), "engine": ENGINE, **LIMITS, **options}
         serve.run(build(args), name=name, route_prefix=prefix)
         app = App(port, name, prefix)
-        wait_until(lambda: app.call("GET", "/ready")[0] == 200 and all_seen(app))
+        # By every router that there may be.
+        wait_until(lambda: all(app.call("GET", "/ready")[0] == 200 and all_seen(app) for _ in range(8)))
         return app
 
     def all_seen(app: App) -> bool:
