@@ -58,8 +58,11 @@ def positive(value: Any) -> float:
 
 
 def share(value: Any) -> float:
-    """From 0 on; more than 1 is allowed."""
-    return 0.0 if value in (0, "0") else positive(value)
+    """More than 1 is allowed."""
+    try:
+        return 0.0 if value in (0, "0") else positive(value)
+    except ValueError:
+        raise ValueError("a number from 0 on") from None
 
 
 def origins(value: Any) -> tuple[str, ...]:
