@@ -16,7 +16,7 @@ from cluster.errors import ConfigError
 from serve_app.arguments import VllmArguments
 from serve_app.engine.vllm.plugin import compatibility
 from serve_app.openai.call import Call, Endpoint, Reply
-from tests.support.engines import CLUSTERS, GONE, PROMPTS, Homes, ask, collect, serving_map
+from tests.support.engines import CLUSTERS, GONE, PROMPTS, Homes, ask, collect
 from tests.support.vllm_bodies import BODIES, CHAT, TOOL, events, same, told_by
 from tests.support.vllm_engine import Running, make_engine
 
@@ -223,12 +223,9 @@ def test_a_chat_goes_through_the_template_that_its_adapter_brought(running: Runn
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "450 in English words?"}]}]}, "number-en"
     )
     plain = call({"prompt": "Q: 450 in English words?\nA:"}, "number-en")
-    adapters = serving_map().adapters
-    own = dataclasses.replace(adapters["number-en"], chat_template=template)
+    own = dataclasses.replace(running.engine.find("number-en"), chat_template=template)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            answers, "_map", dataclasses.replace(answers._map, adapters=dict(adapters) | {"number-en": own})
-        )
+        patched.setattr(running.engine, "find", lambda adapter_id, revision: own)
         said = json.loads(running.run(answers.answer(asked)).body)
         expected = json.loads(running.run(answers.answer(plain)).body)
         for more in ({"tools": [TOOL], "tool_choice": "none"}, {"chat_template_kwargs": {"a": 1}}):
@@ -314,11 +311,9 @@ def test_a_template_of_the_arguments_is_the_bases_and_no_adapters_own(running: R
         reply = await answers.answer(call({"messages": CHAT}))
         assert json.loads(reply.body)["usage"]["prompt_tokens"] == told["count"]
         assert (await tokens("past"))["tokens"] == told["tokens"]
-        adapters = serving_map().adapters
-        own = dataclasses.replace(adapters["past"], chat_template="{{ messages[0].content }}")
+        own = dataclasses.replace(running.engine.find("past"), chat_template="{{ messages[0].content }}")
         with pytest.MonkeyPatch.context() as patched:
-            brought = dict(adapters) | {"past": own}
-            patched.setattr(answers, "_map", dataclasses.replace(answers._map, adapters=brought))
+            patched.setattr(running.engine, "find", lambda adapter_id, revision: own)
             assert (await tokens("past"))["count"] == told["count"] - 1
 
     running.run(check())
