@@ -114,9 +114,9 @@ class Engine(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]: ...
 
     async def take_up(self, revision: Revision) -> None:
-        """Hold this revision too: what it has in common with others is there already. Raises BundleError or StoreError
-        where anything of it fails that did not fail before; then it is not held. One that is held already: what failed
-        is tried again, recorded and not raised. Not beside another such call."""
+        """Hold this revision too: what it has in common with others is there already. Raises BundleError where anything
+        of it fails that did not fail before; then it is not held. One that is held already: what failed is tried again,
+        recorded and not raised. Not beside another such call. Raises EngineStopped."""
 
     async def release(self, number: int) -> None:
         """Forget this revision, and what no other has; requests already running on it finish first."""

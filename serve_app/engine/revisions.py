@@ -35,9 +35,10 @@ class RevisionHealth:
     homes: dict[str, str] = field(default_factory=dict)
     adapters: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def is_whole(self) -> bool:
-        return not self.adapters and all(state == READY for state in self.homes.values())
+    def failures(self) -> list[str]:
+        """What cannot be asked for, and why; nothing where it is whole."""
+        told = [f"home {home!r}: {state}" for home, state in self.homes.items() if state != READY]
+        return told + [f"adapter {adapter_id!r}: {why}" for adapter_id, why in self.adapters.items()]
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,9 @@ class Revisions:
         others = [held for other, held in self._held.items() if other != number]
         known, there = {b for held in others for b in self._broken(held)}, {h for o in others for h in o.homes.values()}
         own, health = self._held[number].homes, self._health_of(self._held[number])
-        told = [f"home {h!r}: {state}" for h, state in health.homes.items() if state != READY and own[h] not in there]
+        homes = {home: state for home, state in health.homes.items() if own[home] not in there}
         new = sorted(self._broken(self._held[number]) - known)
-        return told + [f"adapter {adapter_id!r}: {health.adapters[adapter_id]}" for adapter_id, _ in new]
+        return RevisionHealth(homes, {adapter_id: health.adapters[adapter_id] for adapter_id, _ in new}).failures()
 
     def _health_of(self, held: _Held) -> RevisionHealth:
         failed: dict[str, str] = {}

@@ -8,9 +8,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cluster.bundle.serving_map import ServedAdapter
 from cluster.errors import CtsError, HomeUnavailable
 from serve_app.engine.protocol import Engine
-from serve_app.engine.revisions import READY, Revision
+from serve_app.engine.revisions import Revision
 from serve_app.routing.following import RouterState
 
 # A router that is silent for so long is gone, and what it served with it.
@@ -51,22 +52,26 @@ class Keeper:
         first, served = self._first, {state.serving for state, _ in self._routers.values()}
         if first is None or first in served or (health := self._engine.health().revisions.get(first)) is None:
             return told
-        if not health.is_whole:
-            failed = [f"home {home!r}: {state}" for home, state in health.homes.items() if state != READY]
-            failed += [f"adapter {adapter_id!r}: {why}" for adapter_id, why in health.adapters.items()]
-            told[first] = failed[0]
+        if failures := health.failures():
+            told[first] = failures[0]
         return told
 
     def hear(self, state: RouterState) -> None:
         self._routers[state.router] = state, _now()
         self._news.set()
 
-    async def ensure(self, number: int) -> None:
-        """It is held when this returns. Raises HomeUnavailable where it cannot be: so a replica that has just started,
-        or was not there when it was prepared, takes up what is served at the first request for it."""
+    async def find(self, adapter_id: str, number: int) -> ServedAdapter:
+        """As revision ``number`` has it, which is taken up where it is not held: by a replica that has just started, or
+        was not there when it was prepared. Raises UnknownAdapter, and HomeUnavailable where it cannot be."""
         self._used_at[number] = _now()
-        if number in self._engine.health().revisions:
-            return
+        try:
+            return self._engine.find(adapter_id, number)
+        except HomeUnavailable:
+            await self._ensure(number)
+            return self._engine.find(adapter_id, number)
+
+    async def _ensure(self, number: int) -> None:
+        """It is held when this returns. Raises HomeUnavailable."""
         if number not in self._refused:
             # Not in the request's own task, which may be cancelled half-way.
             await asyncio.shield(asyncio.ensure_future(self._take_up(number)))
@@ -126,7 +131,7 @@ class Keeper:
             return
         self._mended_at = _now()
         for number, health in self._engine.health().revisions.items():
-            if health.is_whole:
+            if not health.failures():
                 continue
             try:
                 async with self._taking_up:

@@ -156,8 +156,7 @@ class GroupReplica:
         if call.adapter is None:
             return None
         try:
-            await self._keeper.ensure(call.revision)
-            here = self._engine.find(call.adapter, call.revision)
+            here = await self._keeper.find(call.adapter, call.revision)
         except CtsError as error:
             return error_reply(unavailable(f"{self._spec.name}: {error}"))
         if here.served != call.served:
