@@ -24,6 +24,7 @@ from tests.support.bundles import flip_a_byte, write_bundle
 from tests.support.paths import REPOSITORY
 from tests.support.processes import running
 from tests.support.ray_heads import free_port
+from tests.support.serving import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +70,8 @@ def app(tmp_path_factory: pytest.TempPathFactory, base_path: Path, zoo_path: Pat
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["stats"]),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports["metrics"]),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Else it first looks for the Ray that was last started on this machine, even one that is gone.
+        "RAY_ADDRESS": "local",
     }
     command = str(Path(sys.executable).parent / "serve"), "run", str(folder / "serve.yaml")
     with running(*command, **settings) as process:
@@ -80,7 +83,7 @@ def app(tmp_path_factory: pytest.TempPathFactory, base_path: Path, zoo_path: Pat
                 return all(app.call("GET", "/ready")[0] == 200 for _ in range(8))  # by both routers
             return False
 
-        wait_until(is_ready)
+        wait_until(is_ready, PATIENCE_S)
         yield app
 
 

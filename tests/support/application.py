@@ -73,8 +73,8 @@ class App:
         return connection
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
+def wait_until(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    end = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.1)
