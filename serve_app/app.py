@@ -6,15 +6,19 @@ fit, and only then hands Serve a router and a deployment for each group. Nothing
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import ray
 import torch
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from cluster.adapters.base import read_base
@@ -28,6 +32,7 @@ from serve_app.http.routes import BodyLimits, make_api
 from serve_app.placement import Group, check_fit, count_needs, home_sizes, plan_groups
 from serve_app.replica.base_files import check_base, is_hub_id
 from serve_app.replica.replica import GroupReplica, ReplicaSpec
+from serve_app.routing.own_replicas import DRAIN_LOOK_S, PLAN, OwnReplicas
 from serve_app.routing.router import Router, RouterSpec
 
 ROUTER_CPUS = 0.1
@@ -35,6 +40,8 @@ ROUTER_CPUS = 0.1
 # own limit must never show: it would hold requests back without a word, where the router says 429.
 SPARE_CALLS = 64
 SPARE_REQUESTS = 1024
+# Calls may be under way for so long after a replica was told to go, besides what a request may take.
+SPARE_S = 30.0
 # Serve replaces a replica that failed three in a row: one that hangs within some 30 seconds.
 HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2, 8
 
@@ -55,16 +62,21 @@ def build(args: dict[str, Any]) -> Application:
         raise ConfigError(f"arguments vllm.* are of the engine vllm, and the engine is {engine}; leave them out")
     follows = arguments.revision is None
     homes = {group.name: group.homes for group in groups}
-    specs = [replica_spec(arguments, bundle, base, group, homes, engine, device, dtype) for group in groups]
+    unnamed = [replica_spec(arguments, bundle, base, group, homes, engine, device, dtype) for group in groups]
+    plan_name = name_plan(unnamed)
+    specs = [replace(spec, plan=plan_name) for spec in unnamed]
     handles = {
         spec.name: replica_deployment(arguments, spec, group.replicas).bind(spec)
         for spec, group in zip(specs, groups, strict=True)
     }
     limits = arguments.limits
     router = RouterSpec(
+        plan=plan_name,
         bundle=bundle.address,
         revision=bundle.manifest.revision,
         homes=homes,
+        ready_share=arguments.start.ready_share,
+        start_timeout_s=arguments.start.timeout_s,
         max_inflight=arguments.inflight_of_a_router,
         max_prompts=limits.max_prompts,
         request_timeout_s=limits.request_timeout_s,
@@ -80,8 +92,17 @@ def build(args: dict[str, Any]) -> Application:
         name="router",
         num_replicas=arguments.routers,
         ray_actor_options={"num_cpus": ROUTER_CPUS},
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=limits.request_timeout_s + SPARE_S,
         max_ongoing_requests=len(groups) * arguments.inflight_of_a_router + SPARE_REQUESTS,
     ).bind(router, handles)
+
+
+def name_plan(specs: Sequence[ReplicaSpec]) -> str:
+    """Other for another plan: routers ask the replicas of their own. A package's version is part of it, for what they
+    say to each other may change with that."""
+    told = repr((version("compress-then-serve"), sorted(specs, key=lambda spec: spec.name)))
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def plan(arguments: Arguments, manifest: Manifest, base: str, device: str, dtype: str) -> tuple[Group, ...]:
@@ -127,6 +148,7 @@ def replica_spec(
         max_model_len=arguments.limits.max_model_len,
         num_threads=max(1, int(arguments.placement.num_cpus)),
         headroom=arguments.placement.headroom,
+        ready_share=arguments.start.ready_share,
         follows=arguments.revision is None,
         adapter_chat_templates=arguments.adapter_chat_templates,
         vllm=arguments.vllm,
@@ -145,7 +167,13 @@ def replica_deployment(arguments: Arguments, spec: ReplicaSpec, replicas: int) -
         max_ongoing_requests=arguments.limits.max_inflight + SPARE_CALLS,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=5,
+        max_surge_percent=arguments.placement.max_surge_percent,
+        # Routers of the deploy before need it to their own end, and they end after the new ones have started.
+        graceful_shutdown_timeout_s=2 * (arguments.limits.request_timeout_s + SPARE_S) + arguments.start.timeout_s,
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
+        request_router_config=RequestRouterConfig(
+            request_router_class=OwnReplicas, request_router_kwargs={PLAN: spec.plan}
+        ),
         # The router asks for the status every second.
         logging_config=LoggingConfig(enable_access_log=False),
     )

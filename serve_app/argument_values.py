@@ -65,6 +65,26 @@ def share(value: Any) -> float:
         raise ValueError("a number from 0 on") from None
 
 
+def part(value: Any) -> float:
+    try:
+        number = share(value)
+    except ValueError:
+        number = math.inf
+    if number > 1:
+        raise ValueError("a number from 0 to 1")
+    return number
+
+
+def percent(value: Any) -> int:
+    try:
+        number: int = whole(0)(value)
+    except ValueError:
+        number = 101
+    if number > 100:
+        raise ValueError("a whole number from 0 to 100")
+    return number
+
+
 def origins(value: Any) -> tuple[str, ...]:
     """A list, or its items with commas between them, as a command line has it."""
     items = value.split(",") if isinstance(value, str) else value

@@ -18,6 +18,8 @@ from serve_app.argument_values import (
     auto_or,
     one_of,
     origins,
+    part,
+    percent,
     positive,
     share,
     size,
@@ -44,7 +46,8 @@ class PlacementArguments:
 
     ``devices`` is how many replicas can be held (GPUs, or machines on CPU), ``replicas`` and ``num_cpus``
     are of each group, ``device_memory`` is bytes of one device. ``headroom`` is the share of its adapters for which
-    each replica has room besides, for those that the next revision changes or adds.
+    each replica has room besides, for those that the next revision changes or adds. ``max_surge_percent``: how many
+    replicas a deploy may start before it stops those that it replaces.
     """
 
     clusters_per_group: Annotated[int | Auto, auto_or(whole(1))] = "auto"
@@ -53,6 +56,15 @@ class PlacementArguments:
     num_cpus: Annotated[float, positive] = 1.0
     device_memory: Annotated[int | Auto, auto_or(size)] = "auto"
     headroom: Annotated[float, share] = 0.25
+    max_surge_percent: Annotated[int, percent] = 100
+
+
+@dataclass(frozen=True)
+class StartArguments:
+    """The application is RUNNING when ``ready_share`` of its homes serve; its start fails after ``timeout_s``."""
+
+    ready_share: Annotated[float, part] = 0.9
+    timeout_s: Annotated[float, positive] = 600.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,7 @@ class Arguments:
     refresh_interval_s: Annotated[float, positive] = 5.0
     routers: Annotated[int, whole(1)] = 1
     placement: PlacementArguments = field(default_factory=PlacementArguments)
+    start: StartArguments = field(default_factory=StartArguments)
     limits: LimitArguments = field(default_factory=LimitArguments)
     http: HttpArguments = field(default_factory=HttpArguments)
     vllm: VllmArguments = field(default_factory=VllmArguments)
@@ -121,17 +134,24 @@ class Arguments:
         return self.limits.max_inflight // self.routers
 
 
-NESTED = {"placement": PlacementArguments, "limits": LimitArguments, "http": HttpArguments, "vllm": VllmArguments}
+NESTED = {
+    "placement": PlacementArguments,
+    "start": StartArguments,
+    "limits": LimitArguments,
+    "http": HttpArguments,
+    "vllm": VllmArguments,
+}
 
 
 def parse_arguments(document: Mapping[str, Any]) -> Arguments:
     """Raises ConfigError naming the key, what was seen and what is expected. A null value means the default."""
     left = _flatten(document)
     placement = _take(PlacementArguments, "placement.", left)
+    start = _take(StartArguments, "start.", left)
     limits = _take(LimitArguments, "limits.", left)
     http = _take(HttpArguments, "http.", left)
     vllm = _take(VllmArguments, "vllm.", left)
-    arguments = _take(Arguments, "", left, placement=placement, limits=limits, http=http, vllm=vllm)
+    arguments = _take(Arguments, "", left, placement=placement, start=start, limits=limits, http=http, vllm=vllm)
     if left:
         raise ConfigError(f"unknown argument {sorted(left)[0]!r}; known are {', '.join(known_keys())}")
     if limits.max_prompts > arguments.inflight_of_a_router:

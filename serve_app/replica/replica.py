@@ -22,8 +22,9 @@ from ray import serve
 from cluster.bundle.reading import Bundle, pinned_bundle, standing_revision
 from cluster.errors import BundleError, CtsError, EngineStopped, StoreError, StoreMissing
 from serve_app.arguments import VllmArguments
+from serve_app.deployed import has_running_replica
 from serve_app.engine.protocol import Engine, EngineHealth
-from serve_app.engine.revisions import Revision
+from serve_app.engine.revisions import READY, Revision
 from serve_app.openai.call import Call, Carried, Message, Reply, error_reply
 from serve_app.openai.errors import invalid, unavailable
 from serve_app.placement import count_needs, homes_by_group
@@ -32,6 +33,7 @@ from serve_app.replica.base_files import resolve_base
 from serve_app.replica.carrier import Carriers
 from serve_app.replica.keeper import Keeper
 from serve_app.routing.following import ReplicaStatus, RouterState
+from serve_app.routing.own_replicas import PLAN, STAY_S
 from serve_app.supervision import Supervised
 
 # A sequence's last block is part empty; this is vLLM's largest on a CPU.
@@ -51,7 +53,8 @@ logger = logging.getLogger("ray.serve")
 class ReplicaSpec:
     """What a replica needs to start. ``bundle`` is pinned; ``engine``, ``dtype`` and ``device`` resolved. ``revision``
     is the one that was planned for, or the one to stay at where ``follows`` is not so; ``homes``: group -> its homes in
-    that one."""
+    that one. ``plan`` names all that was deployed together; ``ready_share`` of its homes must load where another
+    replica is there already."""
 
     name: str
     bundle: str
@@ -66,6 +69,8 @@ class ReplicaSpec:
     num_threads: int
     headroom: float = 0.0
     follows: bool = True
+    plan: str = ""
+    ready_share: float = 0.0
     adapter_chat_templates: bool = True
     vllm: VllmArguments = field(default_factory=VllmArguments)
 
@@ -92,6 +97,35 @@ class GroupReplica:
             self._failure = error
             if engine is not None:  # its memory is another's, once this replica is replaced
                 await engine.stop()
+        await self._dare()
+
+    async def _dare(self) -> None:
+        """Serve stops a replica of the deploy before for each new one that does not raise here. Where there is one, it
+        is the better one unless this one has enough; where there is none, little is better than nothing. Raises
+        EngineStopped."""
+        if not (lacking := self._lacking()):
+            return
+        if await asyncio.to_thread(has_running_replica, self._spec.name):
+            if self._engine is not None:
+                await self._engine.stop()
+            raise EngineStopped(lacking)
+
+    def _lacking(self) -> str:
+        """Why too little of it can be served; empty where enough can."""
+        if self._engine is None:
+            return self._reason
+        [health] = self._engine.health().revisions.values()
+        num_ready = sum(state == READY for state in health.homes.values())
+        if num_ready >= self._spec.ready_share * len(health.homes):
+            return ""
+        return (
+            f"{self._spec.name} has {num_ready} of its {len(health.homes)} homes, start.ready_share is "
+            f"{self._spec.ready_share:g}, and another replica serves: {health.failures()[0]}"
+        )
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """Asked by Serve once, for the routers' OwnReplicas."""
+        return {PLAN: self._spec.plan}
 
     async def answer(self, call: Call) -> Reply:
         """Whole. An error is a reply too, never raised: Ray would wrap it in a traceback of its own, log it as a
@@ -119,11 +153,20 @@ class GroupReplica:
     async def status(self, router: RouterState) -> ReplicaStatus:
         """Asked by every router, all the time: which revisions they want is said on the way."""
         if self._engine is None:
-            return ReplicaStatus(self._name, EngineHealth(alive=False), self._reason)
-        self._keeper.hear(router)
+            return ReplicaStatus(self._name, self._spec.plan, EngineHealth(alive=False), self._reason)
+        # Of another plan's router this replica knows no revision.
+        if router.plan == self._spec.plan:
+            self._keeper.hear(router)
         health = self._engine.health()
         reason = "" if health.alive else "the engine died"
-        return ReplicaStatus(self._name, health, reason, self._keeper.refused, dict(self._background.failures))
+        return ReplicaStatus(
+            self._name, self._spec.plan, health, reason, self._keeper.refused, dict(self._background.failures)
+        )
+
+    async def stay(self, plan: str) -> None:
+        """Called by routers that still need this one when Serve has told it to go: it waits for its calls to end."""
+        if plan == self._spec.plan:
+            await asyncio.sleep(STAY_S)
 
     async def _feel_pulse(self) -> None:
         """For ever: whether the engine's loop comes round. A process that hangs says nothing by itself."""

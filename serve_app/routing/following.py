@@ -17,19 +17,23 @@ from serve_app.engine.protocol import EngineHealth
 
 @dataclass(frozen=True)
 class RouterState:
-    """What a router says of itself: the revision that it serves, and the one that it would."""
+    """What a router says of itself: the plan that it was deployed with, the revision that it serves, and the one that
+    it would."""
 
     router: str
+    plan: str
     serving: int | None
     wanted: int | None
 
 
 @dataclass(frozen=True)
 class ReplicaStatus:
-    """What a replica says of itself. ``reason``: why it is not alive. ``refused``: revision -> why it is not held, or
-    should not be switched to. ``background``: what its background tasks ended by."""
+    """What a replica says of itself. ``plan``: that it was deployed with. ``reason``: why it is not alive.
+    ``refused``: revision -> why it is not held, or should not be switched to. ``background``: what its background tasks
+    ended by."""
 
     replica: str
+    plan: str
     health: EngineHealth
     reason: str = ""
     refused: dict[int, str] = field(default_factory=dict)

@@ -26,6 +26,7 @@ from serve_app.openai.errors import overloaded
 from serve_app.routing.carrying import Carrying, carried
 from serve_app.routing.following import ReplicaStatus, RouterState
 from serve_app.routing.interruption import Interruption
+from serve_app.routing.own_replicas import STAY_S
 from serve_app.routing.retries import RetryBudget
 
 # A busy replica on few cores may be slow to say how it is; its chunks count as signs of life too.
@@ -45,6 +46,8 @@ class GroupClient:
 
     def __init__(self, name: str, handle: DeploymentHandle[Any], max_inflight: int, router: str) -> None:
         self.name, self.max_inflight = name, max_inflight
+        self._stayed_at = -STAY_S
+        self._staying: set[asyncio.Task[Any]] = set()
         self.num_inflight = 0
         self.replicas: list[ReplicaStatus] = []
         self.has_been_asked, self.is_suspect = asyncio.Event(), asyncio.Event()
@@ -105,7 +108,10 @@ class GroupClient:
         nor wakes one where there is none."""
         self.is_suspect.clear()
         try:
-            self.replicas = await self._statuses(state)
+            said = await self._statuses(state)
+            self.replicas = [own for own in said if own.plan == state.plan]
+            if len(self.replicas) < len(said):
+                self._keep_own(state.plan)
         except TimeoutError:
             if time.monotonic() - self._seen_at >= SILENCE_S:
                 self._lose("no answer; it is starting, or being replaced")
@@ -118,9 +124,24 @@ class GroupClient:
                 self._saw()
             elif self.replicas:
                 self._end_calls(self.replicas[0].reason or "no engine is running")
+            elif said:
+                self._lose("the replicas that are there belong to another deploy; its own are starting")
             else:
                 self._lose("its replica is lost, another is being started")
         self.has_been_asked.set()
+
+    def _keep_own(self, plan: str) -> None:
+        """Another deploy takes the place of this router's: no replica of ``plan`` goes before its routers have."""
+        if time.monotonic() - self._stayed_at < STAY_S / 2:
+            return
+        self._stayed_at = time.monotonic()
+        response = self._handle.broadcast("stay", plan)
+        task = asyncio.ensure_future(response.results_async(timeout_s=2 * STAY_S, return_exceptions=True))
+        self._staying.add(task)
+        task.add_done_callback(self._staying.discard)
+        task.add_done_callback(
+            lambda ended: ended.cancelled() or ended.exception()
+        )  # whatever it is, it is asked again
 
     async def _statuses(self, state: RouterState) -> list[ReplicaStatus]:
         """Of those that answer. Raises TimeoutError where none does."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from fastapi.responses import Response
 from ray.serve.handle import DeploymentHandle
 
 from cluster.bundle.serving_map import ServedAdapter
+from cluster.errors import HomeUnavailable
+from serve_app.deployed import is_being_deployed
 from serve_app.engine.revisions import READY
 from serve_app.openai.answers import ModelCard, ModelPage, adapter_card, base_card, page
 from serve_app.openai.call import Call, Endpoint, read_envelope
@@ -33,6 +36,11 @@ from serve_app.supervision import Supervised
 
 DEFAULT_PAGE, MAX_PAGE = 1000, 10_000
 POLL_INTERVAL_S, FIRST_LOOK_S = 1.0, 5.0
+# At a start: what has failed is tried again a few times before the start has, and said again and again.
+SETTLE_S, TELL_S = 60.0, 10.0
+
+logger = logging.getLogger("ray.serve")
+
 _ID_PREFIXES: dict[Endpoint, str] = {
     "completions": "cmpl",
     "chat": "chatcmpl",
@@ -43,12 +51,16 @@ _ID_PREFIXES: dict[Endpoint, str] = {
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """``homes`` is group -> the homes it holds. ``refresh_interval_s``: how often CURRENT is looked at, None for a
-    revision that is pinned."""
+    """``plan`` names all that was deployed together; ``homes`` is group -> the homes it holds. A fresh start ends when
+    ``ready_share`` of these serve, or fails after ``start_timeout_s``. ``refresh_interval_s``: how often CURRENT is
+    looked at, None for a revision that is pinned."""
 
+    plan: str
     bundle: str
     revision: int
     homes: Mapping[str, tuple[str, ...]]
+    ready_share: float
+    start_timeout_s: float
     max_inflight: int
     max_prompts: int
     request_timeout_s: float
@@ -59,7 +71,9 @@ class RouterSpec:
 
 
 class Router:
-    def __init__(self, spec: RouterSpec, handles: Mapping[str, DeploymentHandle[Any]]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, spec: RouterSpec, handles: Mapping[str, DeploymentHandle[Any]]
+    ) -> None:
         self._spec, self._id = spec, uuid4().hex
         self._groups = {name: GroupClient(name, handles[name], spec.max_inflight, self._id) for name in spec.homes}
         self._map = MapFollower(
@@ -69,6 +83,43 @@ class Router:
         for name, group in self._groups.items():
             works |= {f"watch of {name}": partial(self._watch, group), f"carriers of {name}": group.carrying.run}
         self._background = Supervised(works)
+        if await asyncio.to_thread(is_being_deployed):
+            await self._await_start()
+
+    async def _await_start(self) -> None:
+        """The application is not RUNNING before this returns, and what was deployed before goes on until then: a broken
+        deploy must not take a healthy one's place. Raises HomeUnavailable."""
+        now = asyncio.get_running_loop().time
+        began = told = now()
+        settled_at: float | None = None
+        while (serving := self._serving())[0] < self._spec.ready_share * max(1, len(serving[1])):
+            has_settled = self._map.served is not None and all(group.replicas for group in self._groups.values())
+            settled_at = None if not has_settled else settled_at or now()
+            why = self._why_not_started(*serving)
+            if now() - began > self._spec.start_timeout_s or (settled_at and now() - settled_at > SETTLE_S):
+                self._background.stop()
+                raise HomeUnavailable(why)
+            if now() - told > TELL_S:
+                told = now()
+                logger.warning("%s", why)
+            await asyncio.sleep(POLL_INTERVAL_S / 4)
+
+    def _why_not_started(self, num_serving: int, states: Mapping[str, str]) -> str:
+        reasons = [f"{home}: {state}" for home, state in states.items() if state != READY][:3]
+        told = "; ".join(reasons) or self._map.unread or self._map.state
+        return (
+            f"{num_serving} of {len(states)} homes serve, and the application starts with start.ready_share "
+            f"{self._spec.ready_share:g} of them: {told}"
+        )
+
+    def _serving(self) -> tuple[int, dict[str, str]]:
+        """How many homes serve, and the state of each; a bundle without any serves the base alone."""
+        loaded = self._map.served
+        if loaded is None:
+            return 0, {}
+        states = {home: self._groups[own].home_state(home, loaded.revision) for home, own in loaded.groups.items()}
+        num_alive = sum(group.alive for group in self._groups.values())
+        return sum(state == READY for state in states.values()) if states else num_alive, states
 
     async def answer(self, endpoint: Endpoint, body: bytes) -> Response:
         """A completion or a chat, whole or as a stream: made by a replica, passed on here."""
@@ -118,14 +169,13 @@ class Router:
         """Ready when a map is loaded and a home (or, in a bundle without any, the base) serves; ``strict``: when
         every one does, with all its adapters. And the states it stands on."""
         loaded, groups = self._map.served, self._groups.values()
-        states: dict[str, str] = {}
+        num_serving, states = self._serving()
         failed: dict[str, str] = {}
         if loaded is not None:
             number = loaded.revision
-            states = {home: self._groups[own].home_state(home, number) for home, own in loaded.groups.items()}
             failed = {adapter: why for group in groups for adapter, why in group.failed_adapters(number).items()}
-        serving = [state == READY for state in states.values()] or [group.alive for group in groups]
-        ready = loaded is not None and (all(serving) and not failed if strict else any(serving))
+        all_serve = num_serving == len(states or groups) and not failed
+        ready = loaded is not None and (all_serve if strict else num_serving > 0)
         body = {
             "ready": ready,
             "map": self._map.unread or self._map.state,
@@ -160,7 +210,7 @@ class Router:
         """Ask how it is, for ever; and at once where another revision is wanted."""
         while True:
             serving = self._map.served.revision if self._map.served else None
-            await group.refresh(RouterState(self._id, serving, self._map.wanted))
+            await group.refresh(RouterState(self._id, self._spec.plan, serving, self._map.wanted))
             waiting = [asyncio.ensure_future(news) for news in (self._map.changed(), group.is_suspect.wait())]
             # One that is not there is waited for: asking costs nothing then, and its first request may be on its way.
             interval_s = POLL_INTERVAL_S if group.alive else POLL_INTERVAL_S / 5

@@ -215,7 +215,7 @@ def test_an_object_that_is_put_back_is_served_without_a_restart(
     ]
     for path in objects:
         path.rename(path.with_suffix(".gone"))
-    app = deploy(is_strict=False)
+    app = deploy(is_strict=False, **{"start.ready_share": 0})
     before = replicas(app)
     assert [ask(app, model)[0] for model in ("a", "c")] == [503, 503]
     for path in objects:

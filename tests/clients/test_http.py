@@ -342,7 +342,7 @@ def test_a_cluster_with_a_flipped_byte_is_503_for_its_adapters_and_the_other_clu
     manifest = write_bundle(tmp_path, base_path, members, {})
     flip_a_byte(tmp_path / object_key(manifest.clusters["0"].basis))
     serve.run(
-        build({"bundle": str(tmp_path), "base": str(base_path), "engine": ENGINE}),
+        build({"bundle": str(tmp_path), "base": str(base_path), "engine": ENGINE, "start.ready_share": 0.5}),
         name="halved",
         route_prefix="/halved",
     )
@@ -629,7 +629,7 @@ def held_by_group(app: App) -> dict[str, list[str]]:
 
 def homes_of(app: str, group: str) -> list[str]:
     async def ask() -> list[str]:
-        status = await serve.get_deployment_handle(group, app).status.remote(RouterState("a test", None, None))
+        status = await serve.get_deployment_handle(group, app).status.remote(RouterState("a test", "", None, None))
         return list(status.health.revisions[0].homes)
 
     return asyncio.run(ask())
@@ -653,7 +653,7 @@ def test_a_base_that_cannot_be_loaded_is_503_with_the_reason_and_no_failed_deplo
         if not file.name.startswith("tokenizer"):
             (tmp_path / file.name).symlink_to(file)
     serve.run(
-        build({"bundle": str(bundle.path), "base": str(tmp_path), "engine": ENGINE}),
+        build({"bundle": str(bundle.path), "base": str(tmp_path), "engine": ENGINE, "start.ready_share": 0}),
         name="baseless",
         route_prefix="/baseless",
     )

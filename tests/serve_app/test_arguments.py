@@ -147,6 +147,6 @@ def test_the_shipped_serve_config_is_valid_for_ray_and_for_us() -> None:
     arguments = parse_arguments(application.args)
     # It teaches every default, and the file says the same as the code.
     assert arguments == Arguments(arguments.bundle, arguments.base)
-    groups = ("placement", "limits", "http", "vllm")
+    groups = ("placement", "start", "limits", "http", "vllm")
     flat = set(application.args) | {f"{group}.{key}" for group in groups for key in application.args[group]}
     assert set(known_keys()) - flat == {"revision"}

@@ -37,7 +37,8 @@ def ask(app: App, model: str, stream: bool = False) -> tuple[int, str, str]:
 @dataclass
 class Load:
     """``clients`` ask for ``models`` all the time, whole and streamed. ``expected``: (adapter, served revision) -> its
-    answer. ``failed``: what was not answered rightly; ``cut`` of these are streams that had begun."""
+    answer. ``failed``: what was not answered rightly; ``cut``: streams that had begun; ``served``: which adapters
+    answered, each by which revision."""
 
     app: App
     expected: Mapping[tuple[str, str], str]
@@ -46,7 +47,7 @@ class Load:
     num_answers: int = 0
     failed: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
-    served: set[str] = field(default_factory=set)
+    served: set[tuple[str, str]] = field(default_factory=set)
 
     def __enter__(self) -> Load:
         self._stop = threading.Event()
@@ -73,7 +74,7 @@ class Load:
                 self.failed.append(f"{model}: {type(error).__name__}: {error}")
                 continue
             self.num_answers += 1
-            self.served.add(served)
+            self.served.add((model, served))
             if text.startswith(CUT):
                 self.cut.append(text)
             elif status != 200 or self.expected.get((model, served)) != text:

@@ -22,6 +22,7 @@ from tests.support.bundles import flip_a_byte, write_bundle
 def in_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="here"))
     monkeypatch.setattr("serve_app.replica.replica.serve.get_replica_context", lambda: context)
+    monkeypatch.setattr("serve_app.replica.replica.has_running_replica", lambda _: False)
 
 
 async def start(spec: ReplicaSpec) -> GroupReplica:
@@ -48,10 +49,18 @@ def spec(tmp_path: Path, base_path: Path, zoo_path: Path) -> ReplicaSpec:
     )
 
 
+def test_beside_a_replica_that_serves_a_failed_start_is_raised(
+    spec: ReplicaSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.replica.replica.has_running_replica", lambda name: name == "group-0")
+    with pytest.raises(EngineStopped, match="group-0 did not start: .*no-base"):
+        asyncio.run(start(spec))
+
+
 def test_a_failed_start_is_told_by_status_and_by_every_request(spec: ReplicaSpec) -> None:
     async def check() -> None:
         replica = await start(spec)
-        status = await replica.status(RouterState("router", None, 0))
+        status = await replica.status(RouterState("router", "", None, 0))
         assert not status.health.alive
         assert "no-base" in status.reason
         call = Call("completions", b'{"model": "add", "prompt": "x"}', "id", "add", "sha256:0", 0)

@@ -13,13 +13,13 @@ from serve_app.routing.following import ReplicaStatus, choose_revision, why_not
 
 def replica(*held: int, refused: tuple[int, ...] = (), alive: bool = True) -> ReplicaStatus:
     health = EngineHealth(alive, {number: RevisionHealth() for number in held})
-    return ReplicaStatus("it", health, refused=dict.fromkeys(refused, "it is corrupt"))
+    return ReplicaStatus("it", "plan", health, refused=dict.fromkeys(refused, "it is corrupt"))
 
 
 def started_on(number: int) -> ReplicaStatus:
     """By itself, and not whole."""
     return ReplicaStatus(
-        "it", EngineHealth(True, {number: RevisionHealth()}), refused={number: "home 'cluster:0': gone"}
+        "it", "plan", EngineHealth(True, {number: RevisionHealth()}), refused={number: "home 'cluster:0': gone"}
     )
 
 
