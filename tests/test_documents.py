@@ -19,12 +19,12 @@ from cluster.bundle.parsing import parse_manifest
 from compress_jobs.__main__ import make_parser
 from compress_jobs.commands.run_options import from_arguments
 from infra.ready import wait_until_ready
+from infra.seaweed import AMBIENT, S3Server
 from serve_app.arguments import known_keys, parse_arguments
 from serve_app.openai.requests import ChatRequest, CompletionRequest, parse_request
 from tests.support.documents import CODE, Document, all_documents
 from tests.support.paths import REPOSITORY, ZOO
 from tests.support.processes import running
-from tests.support.seaweed import AMBIENT, S3Server
 from tests.support.upload import upload
 
 DOCUMENTS = all_documents()

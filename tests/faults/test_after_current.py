@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from infra.seaweed import BUCKET, S3Server
 from tests.support.place import Place
 from tests.support.processes import job_process
 from tests.support.s3_proxy import Action, S3Proxy
-from tests.support.seaweed import BUCKET, S3Server
 
 pytestmark = pytest.mark.slow
 

@@ -12,6 +12,7 @@ import pytest
 from cluster.bundle.reading import Bundle
 from cluster.store.address import open_store
 from compress_jobs.__main__ import main
+from infra.seaweed import S3Server
 from tests.support.jobs import FEW, copy_adapters, object_bytes
 from tests.support.processes import (
     assert_all_visible_revisions_are_whole,
@@ -22,7 +23,6 @@ from tests.support.processes import (
     run_job_process,
 )
 from tests.support.s3_proxy import Action, S3Proxy, always
-from tests.support.seaweed import S3Server
 
 OPTIONS = ["--clusters", "2", "--rank", "16", "--num-cpus", "2"]
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from infra.seaweed import S3Server
 from tests.support.paths import REPOSITORY
 from tests.support.place import Place
 from tests.support.ray_heads import TOKEN, Head, ray_head, ray_node
-from tests.support.seaweed import S3Server
 from tests.support.upload import upload
 
 pytestmark = pytest.mark.slow

@@ -15,6 +15,7 @@ from ray.cluster_utils import Cluster
 from cluster.bundle.reading import Bundle
 from cluster.store.address import open_store
 from cluster.store.protocol import Store
+from infra.seaweed import S3Server
 from tests.support.jobs import FEW, copy_adapters, object_bytes
 from tests.support.processes import (
     assert_all_visible_revisions_are_whole,
@@ -24,7 +25,6 @@ from tests.support.processes import (
     run_job_process,
 )
 from tests.support.s3_proxy import Action, S3Proxy
-from tests.support.seaweed import S3Server
 
 pytestmark = pytest.mark.slow
 

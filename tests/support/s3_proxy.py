@@ -23,7 +23,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from tests.support.seaweed import S3Server
+from infra.seaweed import S3Server
 
 
 class Action(Enum):

@@ -32,8 +32,8 @@ from cluster.layer import ModuleShape
 from cluster.store.address import open_store
 from cluster.store.local import LocalStore
 from cluster.store.protocol import Store
+from infra.seaweed import S3Server
 from tests.support.s3_proxy import Action, OnRequest, S3Proxy
-from tests.support.seaweed import S3Server
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 SHAPES = {Q: ModuleShape(12, 8), V: ModuleShape(6, 8)}

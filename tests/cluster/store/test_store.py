@@ -28,9 +28,9 @@ from cluster.errors import (
 )
 from cluster.store.address import open_store
 from cluster.store.protocol import Blob, Entry, Store
+from infra.seaweed import S3Server
 from tests.support.paths import REPOSITORY
 from tests.support.s3_proxy import Action, OnRequest, S3Proxy, always, first
-from tests.support.seaweed import S3Server
 
 
 @pytest.fixture(params=["local", "s3"])

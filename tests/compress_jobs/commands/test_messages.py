@@ -22,10 +22,10 @@ import pytest
 from cluster.errors import ConfigError
 from compress_jobs.__main__ import main
 from compress_jobs.job import ray_cluster
+from infra.seaweed import S3Server
 from tests.support.jobs import rewrite
 from tests.support.place import Place
 from tests.support.s3_proxy import Action, S3Proxy, always
-from tests.support.seaweed import S3Server
 from tests.support.upload import upload
 
 pytestmark = pytest.mark.usefixtures("ray_for_jobs")

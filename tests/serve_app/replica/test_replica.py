@@ -53,7 +53,7 @@ def test_beside_a_replica_that_serves_a_failed_start_is_raised(
     spec: ReplicaSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve_app.replica.replica.has_running_replica", lambda name: name == "group-0")
-    with pytest.raises(EngineStopped, match="group-0 did not start: .*no-base"):
+    with pytest.raises(EngineStopped, match=r"group-0 did not start: .*no-base"):
         asyncio.run(start(spec))
 
 
