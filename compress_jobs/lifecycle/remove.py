@@ -29,8 +29,10 @@ def remove_adapters(out: str, ids: Collection[str]) -> list[str]:
         raise ConfigError(f"--adapter: nothing would be left to serve; delete {standing.store.uri} if that is meant")
     needed = needed_by(standing.store)
     if kept := [adapter_id for adapter_id in sorted(set(ids)) if adapter_id in needed]:
-        told = ", ".join(f"{adapter_id} (by {needed[adapter_id]})" for adapter_id in kept)
-        raise ConfigError(f"--adapter {told}: an alias sends requests there, which would get a 404; `alias` moves it")
+        told = ", ".join(f"{adapter_id} (alias {needed[adapter_id]})" for adapter_id in kept)
+        raise ConfigError(
+            f"--adapter {told}: requests for the alias would get a 404; point it elsewhere by `alias` first"
+        )
     note_removed(standing.store, ids)
     manifest = next_revision(standing, ids)
     lines = [f"removed    {adapter_id} ({_was(served[adapter_id].cluster)})" for adapter_id in sorted(set(ids))]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 from cluster.bundle.aliases import Aliases, Targets, choose_target
 from cluster.bundle.serving_map import ServedAdapter, ServingMap
@@ -12,20 +13,20 @@ from serve_app.openai.errors import unavailable, unknown_model, unknown_target
 
 @dataclass(frozen=True)
 class LoadedMap:
-    """The serving map of a revision and what the router says about it. ``model_ids`` are sorted, the base and the
-    aliases among them; ``groups``: home -> the group that has it. ``aliases``: None where they could never be read."""
+    """The serving map of a revision and what the router says about it. ``groups``: home -> the group that has it.
+    ``aliases``: None where they could never be read."""
 
     revision: int
     serving_map: ServingMap
     base_fingerprint: str
-    model_ids: tuple[str, ...]
     groups: Mapping[str, str]
     loaded_at: int
     aliases: Aliases | None = None
 
-    def with_aliases(self, aliases: Aliases | None) -> LoadedMap:
-        ids = {self.serving_map.base_name, *self.serving_map.adapters, *(aliases or ())}
-        return replace(self, aliases=aliases, model_ids=tuple(sorted(ids)))
+    @cached_property
+    def model_ids(self) -> list[str]:
+        """Sorted: the base's name, adapters and aliases."""
+        return sorted({self.serving_map.base_name, *self.serving_map.adapters, *(self.aliases or ())})
 
     def targets(self, model: str) -> Targets | None:
         """Of an alias. None for everything else: where an adapter or the base has the name, that one answers."""

@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from cluster.bundle.aliases import Aliases, alias_faults
 from cluster.bundle.reading import Bundle, current_revision, pinned_bundle, standing_revision
@@ -73,7 +74,7 @@ class MapFollower:
         coming = self._maps.get(self.wanted) if self.wanted is not None else None
         if aliases and before and coming is not None:
             aliases = aliases_in_force(before, aliases, loaded.serving_map.adapters, coming.serving_map.adapters)
-        return loaded if aliases == loaded.aliases else loaded.with_aliases(aliases)
+        return loaded if aliases == loaded.aliases else replace(loaded, aliases=aliases)
 
     async def _look(self) -> None:
         try:
@@ -166,8 +167,7 @@ class MapFollower:
         if not self._adapter_templates:
             serving_map = serving_map.with_the_bases_template()
         groups = {home: group for group, own in homes_by_group(self._homes, serving_map).items() for home in own}
-        fingerprint = bundle.manifest.base.fingerprint
-        return LoadedMap(number, serving_map, fingerprint, (), groups, int(time.time())).with_aliases(None)
+        return LoadedMap(number, serving_map, bundle.manifest.base.fingerprint, groups, int(time.time()))
 
     def _say(self, state: str) -> None:
         if state != self.state:

@@ -18,7 +18,7 @@ def adapters(*names: str) -> dict[str, ServedAdapter]:
 
 def loaded(aliases: Aliases | None) -> LoadedMap:
     serving_map = ServingMap(BASE, adapters("v7", "v8", "taken"))
-    return LoadedMap(0, serving_map, "sha256:base", (), {"cluster:0": "group-0"}, 0).with_aliases(aliases)
+    return LoadedMap(0, serving_map, "sha256:base", {"cluster:0": "group-0"}, 0, aliases)
 
 
 def found(map_: LoadedMap, model: str, key: bytes = b"somebody") -> str:
@@ -39,7 +39,7 @@ def test_an_alias_is_answered_by_its_targets_and_everything_else_by_who_has_the_
     assert set(by_key) == {"v7", "v8"}
     assert [found(map_, name) for name in ("v8", "taken", BASE)] == ["v8", "taken", BASE]
     assert (map_.targets("support"), map_.targets("taken"), map_.targets(BASE)) == ({"v7": 90, "v8": 10}, None, None)
-    assert map_.model_ids == (BASE, "support", "taken", "v7", "v8")
+    assert map_.model_ids == [BASE, "support", "taken", "v7", "v8"]
 
 
 def test_a_target_that_is_not_served_is_a_404_that_names_both_and_nobody_else_answers() -> None:
