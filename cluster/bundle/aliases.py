@@ -36,8 +36,8 @@ def choose_target(alias: str, targets: Targets, key: bytes) -> str:
 
     Semantics: argmin over the targets t of weight w_t > 0 of -ln(u_t) / w_t, with u_t in (0, 1) a hash of (alias, t,
     key). These are independent exponential clocks of rates w_t, of which t's is the first with probability
-    w_t / sum(w): rendezvous hashing with weights. A key leaves its target only where that one's share has fallen, or
-    comes to one only where that one's has risen; and the keys of two aliases fall independently.
+    w_t / sum(w): rendezvous hashing with weights. Where one weight changes, keys come to its target or leave that one,
+    and no other key moves; the keys of two aliases fall independently.
     """
 
     def clock(target: str) -> tuple[float, str]:

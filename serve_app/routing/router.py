@@ -57,7 +57,7 @@ class RouterSpec:
     sse_keep_alive_s: float
     max_model_len: int
     refresh_interval_s: float
-    follows: bool = True
+    follows: bool
     adapter_chat_templates: bool = True
 
 
