@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -115,27 +115,29 @@ def asked(app: App, user: str | None = None, key: str | None = None, model: str 
     return raw.headers.get("x-adapter", ""), answer.model, answer.choices[0].text
 
 
-def all_asked(app: App, **fields: Any) -> list[tuple[str, str, str]]:
+def all_asked(app: App, users: Sequence[str], **fields: Any) -> list[tuple[str, str, str]]:
+    """``fields``: of ``asked``, each made of the user."""
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda user: asked(app, **{name: make(user) for name, make in fields.items()}), USERS))
+        return list(pool.map(lambda user: asked(app, **{name: make(user) for name, make in fields.items()}), users))
 
 
 def test_a_canary_gets_its_share_of_the_users_each_always_the_same_and_peft_says_what_the_header_says(
     app: App, alias: Callable[..., None], answers: dict[str, str]
 ) -> None:
     alias("support", **SPLIT)
-    said = all_asked(app, user=str)
+    said = all_asked(app, USERS, user=str)
     found = [adapter for adapter, _, _ in said]
     assert found == [choose_target("support", SPLIT, user.encode()) for user in USERS]
     assert abs(found.count("v8") - 20) <= 3 * math.sqrt(200 * 0.1 * 0.9)
     assert said == [(adapter, "support", answers[adapter]) for adapter in found]
     # The same key in the header, and the header before the user.
-    assert all_asked(app, key=str, user=lambda _: "somebody") == said
-    # Nobody in particular: at random.
-    assert {asked(app)[0] for _ in range(100)} == {"v7", "v8"}
+    assert all_asked(app, USERS[:60], key=str, user=lambda _: "somebody") == said[:60]
     alias("support", v7=50, v8=50)
-    half = [adapter for adapter, _, _ in all_asked(app, user=str)]
-    assert all(now == "v8" for was, now in zip(found, half, strict=True) if was == "v8")
+    # A canary that grows keeps the users that it has.
+    canaries = [user for user, adapter in zip(USERS, found, strict=True) if adapter == "v8"]
+    assert {adapter for adapter, _, _ in all_asked(app, canaries, user=str)} == {"v8"}
+    # Nobody in particular: at random.
+    assert {adapter for adapter, _, _ in all_asked(app, USERS[:40], user=lambda _: None)} == {"v7", "v8"}
 
 
 def test_streams_and_chats_say_what_was_asked_for_and_the_header_who_answered(
