@@ -69,7 +69,7 @@ def first(publish: Callable[..., Manifest]) -> Manifest:
 
 @pytest.fixture(scope="module")
 def deploy(base_path: Path) -> Iterator[Callable[..., App]]:
-    with ray_with_serve() as port:
+    with ray_with_serve(num_cpus=4) as port:
 
         def deploy(name: str, **options: Any) -> App:
             args = {"base": str(base_path), "engine": ENGINE, "limits.max_batch": 8, "limits.max_model_len": 512}
