@@ -15,6 +15,7 @@ from compress_jobs.host.packages import lacks
 try:
     from compress_jobs.commands import (
         add,
+        alias,
         compact,
         evaluate,
         export,
@@ -36,7 +37,7 @@ except ModuleNotFoundError as missing:  # on a Ray node whose image lacks the re
 
 _DESCRIPTION = "Compress a collection of LoRA adapters, look at a bundle, change what it serves."
 
-COMMANDS = (run, plan, show, report, export, evaluate, sweep, add, remove, rollback, watch, compact, gc)
+COMMANDS = (run, plan, show, report, export, evaluate, sweep, add, remove, rollback, alias, watch, compact, gc)
 """Modules with ``add_parser(commands)``, which names the function to ``execute``; in the order of ``--help``."""
 
 

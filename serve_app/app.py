@@ -60,7 +60,6 @@ def build(args: dict[str, Any]) -> Application:
     engine = choose_engine(arguments.engine)
     if engine != "vllm" and arguments.vllm != VllmArguments():
         raise ConfigError(f"arguments vllm.* are of the engine vllm, and the engine is {engine}; leave them out")
-    follows = arguments.revision is None
     homes = {group.name: group.homes for group in groups}
     unnamed = [replica_spec(arguments, bundle, base, group, homes, engine, device, dtype) for group in groups]
     plan_name = name_plan(unnamed)
@@ -82,7 +81,8 @@ def build(args: dict[str, Any]) -> Application:
         request_timeout_s=limits.request_timeout_s,
         sse_keep_alive_s=arguments.http.sse_keep_alive_s,
         max_model_len=limits.max_model_len,
-        refresh_interval_s=arguments.refresh_interval_s if follows else None,
+        refresh_interval_s=arguments.refresh_interval_s,
+        follows=arguments.revision is None,
         adapter_chat_templates=arguments.adapter_chat_templates,
     )
     origins = arguments.http.allowed_origins

@@ -24,7 +24,8 @@ a running application follows by itself. Without a refit and without Ray, as `ad
 
 - An adapter that is refused is named once, and read again when its files change; one that is served stays as it was.
 - Folders that have gone are removed a tenth of the served adapters at a time at most (--allow-drop): where more are
-  gone, none is removed, and the line says so. What comes back is added again. What `remove` took out stays out.
+  gone, none is removed, and the line says so. What comes back is added again. What `remove` took out stays out. One
+  that an alias sends requests to stays until `alias` moves those.
 - Of adapters that have not changed nothing is read: by the ETags of their files from the second round on, by that of
   their weights in the first. `update` looks at all.
 - Another job that publishes first is no error: the next round starts from what it published. Two watches do each

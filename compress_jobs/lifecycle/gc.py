@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from cluster.bundle.aliases import KEY as ALIASES
 from cluster.bundle.removed import KEY as REMOVED
 from cluster.bundle.revisions import object_key, read_current, read_manifest
 from cluster.errors import PublishConflict, StoreMissing
@@ -94,7 +95,7 @@ def collect(store: Store, grace_s: float, keep: int, dry_run: bool = False) -> C
             else:
                 delete("objects", entry)
         elif (
-            entry.key not in ("CURRENT", REMOVED)
+            entry.key not in ("CURRENT", REMOVED, ALIASES)
             and not entry.key.startswith("work/")
             and _REVISION.fullmatch(entry.key) is None
         ):

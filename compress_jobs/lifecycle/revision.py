@@ -24,6 +24,7 @@ from cluster.store.protocol import Store
 from compress_jobs.job.adapter_error import AdapterError
 from compress_jobs.job.brought import brought_fields, templates_of
 from compress_jobs.job.standalone import StandaloneAdapter
+from compress_jobs.lifecycle.aliased import warnings
 from compress_jobs.lifecycle.projection import Projection
 
 
@@ -137,7 +138,8 @@ def next_revision(
 
 
 def publish_next(standing: Standing, manifest: Manifest, command: str, began: float) -> list[str]:
-    """Publish it, with a small report.json; returns the lines that tell of it. Raises as ``publish`` does."""
+    """Publish it, with a small report.json; returns the lines that tell of it, and warn of aliases that it breaks.
+    Raises as ``publish`` does."""
     parent = standing.manifest
     written = {sha: size for sha, size in manifest.objects.items() if sha not in parent.objects}
     shared = {sha: size for sha, size in manifest.objects.items() if sha in parent.objects}
@@ -152,6 +154,7 @@ def publish_next(standing: Standing, manifest: Manifest, command: str, began: fl
     }
     publish(standing.store, manifest, (json.dumps(report, indent=1) + "\n").encode(), standing.seen_current)
     return [
+        *warnings(standing.store, manifest),
         f"objects    {len(written)} written ({sum(written.values()):,} bytes), "
         f"{len(shared)} shared with revision {parent.revision} ({sum(shared.values()):,} bytes)",
         f"adapters   {len(parent.adapters)} before, {len(manifest.adapters)} now",

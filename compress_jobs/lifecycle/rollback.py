@@ -9,6 +9,7 @@ from cluster.bundle.publish import missing_objects, move_current
 from cluster.bundle.revisions import manifest_key, read_manifest
 from cluster.errors import BundleError, ConfigError, StoreConflict, StoreMissing, WouldDrop
 from compress_jobs.job.options import may_drop
+from compress_jobs.lifecycle.aliased import warnings
 from compress_jobs.lifecycle.revision import Standing, open_current
 
 _NAMED = 5
@@ -41,6 +42,7 @@ def roll_back(out: str, to: str | None, allow_drop: str = "0") -> list[str]:
     lines = [f"served     {len(target.adapters)} adapters now, {len(now.adapters)} before"]
     lines += [f"back       {' '.join(back)}"] if back else []
     lines += [f"gone       {' '.join(gone)}"] if gone else []
+    lines += warnings(standing.store, target)
     return [*lines, f"bundle     {bundle} revision {revision} is current at {out} (before: {_name(now)})"]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from cluster.adapters.record import AdapterFiles
 from cluster.bundle.manifest import Adapter, Manifest
 from cluster.bundle.removed import read_removed
+from compress_jobs.lifecycle.aliased import needed_by
 from compress_jobs.lifecycle.newcomers import grade, read_collection
 from compress_jobs.lifecycle.revision import next_revision, open_current, publish_next
 from compress_jobs.lifecycle.source import Source
@@ -59,13 +60,21 @@ class Watch:
         # What was removed by hand stays so, as for `add`.
         changed = {i: files for i, files in changed.items() if i not in left_out}
         gone = sorted(manifest.adapters.keys() - folders.keys())
-        leaving = gone if len(gone) <= self._may_go(manifest) else []
+        needed = needed_by(standing.store) if gone else {}
+        free = [adapter_id for adapter_id in gone if adapter_id not in needed]
+        leaving = free if len(free) <= self._may_go(manifest) else []
         graded = grade(replace(self._source, ids=(), restore=()), standing, base, list(changed.values()))
         served = manifest.adapters.keys()
         lines = graded.lines("taken up")
-        if gone and not leaving:
+        lines += [
+            f"held back  {adapter_id}: its folder has gone, but the alias {needed[adapter_id]} sends requests to it; "
+            "it stays until `alias` moves that"
+            for adapter_id in gone
+            if adapter_id in needed
+        ]
+        if free and not leaving:
             lines.append(
-                f"held back  {len(gone)} of {len(served)} served adapters have no folder any more, such as {gone[0]}: "
+                f"held back  {len(free)} of {len(served)} served adapters have no folder any more, such as {free[0]}: "
                 f"more than the {self._may_go(manifest)} that may go in a round (--allow-drop); none is removed"
             )
         if graded.arrivals or leaving:

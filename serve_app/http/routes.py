@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from cluster.errors import CtsError
-from serve_app.openai.call import error_reply
+from serve_app.openai.call import Endpoint, error_reply
 from serve_app.openai.errors import ApiError, as_api_error, internal_error, retry_headers, too_large, too_slow
 from serve_app.routing.responses import as_json
 from serve_app.routing.router import Router
@@ -50,7 +50,7 @@ def make_api(limits: BodyLimits, allowed_origins: Sequence[str] = ()) -> FastAPI
             allow_origins=allowed_origins,
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Served-Revision", "X-Cluster", "X-Request-ID", "Retry-After"],
+            expose_headers=["X-Served-Revision", "X-Adapter", "X-Cluster", "X-Request-ID", "Retry-After"],
         )
     for kind in (CtsError, TimeoutError):
         api.exception_handler(kind)(answer_error)
@@ -67,19 +67,25 @@ def router() -> Router:
 
 # Bodies are parsed by who answers, not by FastAPI: its own errors have another status and another shape.
 async def completions(request: Request) -> Response:
-    return await router().answer("completions", await read_body(request))
+    return await pass_on("completions", request)
 
 
 async def chat_completions(request: Request) -> Response:
-    return await router().answer("chat", await read_body(request))
+    return await pass_on("chat", request)
 
 
 async def tokenize(request: Request) -> Response:
-    return await router().answer("tokenize", await read_body(request))
+    return await pass_on("tokenize", request)
 
 
 async def detokenize(request: Request) -> Response:
-    return await router().answer("detokenize", await read_body(request))
+    return await pass_on("detokenize", request)
+
+
+async def pass_on(endpoint: Endpoint, request: Request) -> Response:
+    # A header's bytes, as they came: the same text in the body's user is the same key.
+    sticky_key = request.headers.get("x-sticky-key", "").encode("latin-1")
+    return await router().answer(endpoint, await read_body(request), sticky_key)
 
 
 async def read_body(request: Request) -> bytes:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from cluster.bundle.aliases import Targets
 from cluster.bundle.serving_map import ServedAdapter
 from serve_app.engine.protocol import GenerationChunk, TokenLogprobs
 
@@ -68,9 +69,22 @@ class ModelCard(BaseModel):
     status: str
 
 
+class AliasCard(BaseModel):
+    """Of a name that stands for adapters: their own cards say the rest. ``targets``: adapter id -> weight."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    mode: Literal["alias"]
+    targets: dict[str, int]
+    status: str
+
+
 class ModelPage(BaseModel):
     object: Literal["list"]
-    data: list[ModelCard]
+    data: list[ModelCard | AliasCard]
     first_id: str | None
     last_id: str | None
     has_more: bool
@@ -200,6 +214,19 @@ def adapter_card(adapter: ServedAdapter, created: int, max_model_len: int, statu
         error=adapter.error,
         chat_template="base" if adapter.chat_template is None else "adapter",
         brought=dict(adapter.brought),
+        status=status,
+    )
+
+
+def alias_card(alias: str, targets: Targets, created: int, max_model_len: int, status: str) -> AliasCard:
+    return AliasCard(
+        id=alias,
+        object="model",
+        created=created,
+        owned_by="compress-then-serve",
+        max_model_len=max_model_len,
+        mode="alias",
+        targets=dict(targets),
         status=status,
     )
 

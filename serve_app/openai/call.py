@@ -15,12 +15,13 @@ Endpoint = Literal["completions", "chat", "tokenize", "detokenize"]
 
 @dataclass(frozen=True)
 class Envelope:
-    """What it takes to route, to admit and to count."""
+    """What it takes to route, to admit and to count. ``user``: the client's own, "" where it names none."""
 
     model: str
     stream: bool
     num_prompts: int
     n: int
+    user: str = ""
 
     @property
     def num_sequences(self) -> int:
@@ -93,9 +94,12 @@ def read_envelope(body: bytes) -> Envelope:
         raise invalid("model is missing", "model", "missing_field")
     if not isinstance(model, str):
         raise invalid(f"model is {json.dumps(model)[:100]}: expected a string", "model", "invalid_value")
-    prompt, n = document.get("prompt"), document.get("n")
+    prompt, n, user = document.get("prompt"), document.get("n"), document.get("user")
     num_prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)) else 1
-    return Envelope(model, document.get("stream") is True, num_prompts, n if type(n) is int and n > 0 else 1)
+    num_choices = n if type(n) is int and n > 0 else 1
+    return Envelope(
+        model, document.get("stream") is True, num_prompts, num_choices, user if isinstance(user, str) else ""
+    )
 
 
 def error_reply(error: ApiError) -> Reply:

@@ -61,6 +61,14 @@ def unknown_model(model: str) -> ApiError:
     return ApiError(404, message, kind="invalid_request_error", param="model", code="model_not_found")
 
 
+def unknown_target(alias: str, target: str) -> ApiError:
+    message = (
+        f"The model {alias!r} is an alias, and the adapter that it names for this request, {target!r}, is not in the "
+        f"served revision; GET /v1/models/{alias} lists its targets"
+    )
+    return ApiError(404, message, kind="invalid_request_error", param="model", code="model_not_found")
+
+
 def internal_error() -> ApiError:
     """Says nothing about the inside: the log does."""
     return ApiError(500, "The server failed to answer; its log has the reason", kind="server_error", code="internal")

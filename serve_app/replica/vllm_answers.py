@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing
+from contextvars import ContextVar
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -50,6 +51,8 @@ _NOT_GIVEN = (
 # A template that says nothing but what an adapter's own has said: it ran in a process of its own.
 _SPOKEN = "{{ cts_spoken }}"
 _ERROR = 'data: {"error"'
+# The model field of the request that is being begun: vLLM asks its models for it by the adapter alone.
+_asked_for: ContextVar[str] = ContextVar("asked_for")
 
 
 class VllmAnswers:
@@ -135,6 +138,7 @@ class VllmAnswers:
         if "messages" in fields and served is not None and served.chat_template is not None:
             text = await asyncio.to_thread(self._speak, served.chat_template, fields)
             request.chat_template, request.chat_template_kwargs = _SPOKEN, {"cts_spoken": text}
+        _asked_for.set(fields["model"])
         result = await self._creators[call.endpoint](request, None)
         if isinstance(result, ErrorResponse):
             raise _api_error(result)
@@ -177,8 +181,9 @@ class VllmAnswers:
 
 class _Models(OpenAIServingModels):
     def model_name(self, lora_request: Any = None) -> str:
-        """An adapter's id, without the served revision that vLLM's name of it has for its cache."""
-        return str(super().model_name() if lora_request is None else lora_request.lora_name.rpartition("@")[0])
+        """What the request that is being begun asked for, which may be an alias: vLLM's name of an adapter says neither
+        that nor its id alone, but has the served revision too, for its cache."""
+        return _asked_for.get()
 
 
 class _LoraRequests(Mapping[str, Any]):

@@ -53,7 +53,7 @@ _ASKED = {"chat": "messages", "completions": "prompt", "tokenize": "prompt", "de
 
 
 def make_request(call: Call, base_name: str, vocab_size: int) -> tuple[Any, dict[str, Any]]:
-    """vLLM's request, and the fields it was made of. Raises ApiError."""
+    """vLLM's request, and the fields it was made of, the model as the client called it. Raises ApiError."""
     given = read_object(call.body)
     kind = _kind(call, given)
     fields = _fields(call, kind, given)
@@ -68,13 +68,13 @@ def make_request(call: Call, base_name: str, vocab_size: int) -> tuple[Any, dict
     for message in fields.get("messages") or ():
         if isinstance(message, dict) and message.get("role") == "developer":
             message["role"] = "system"
-    fields["model"] = base_name if call.adapter is None else f"{call.adapter}#{call.revision}"
     if "request_id" in kind.model_fields:
         fields["request_id"] = call.answer_id.partition("-")[2]
     stops = fields.get("stop")
     if isinstance(stops, list):
         fields["stop"] = stops[:_VLLMS_STOPS] + [stop for stop in stops[_VLLMS_STOPS:] if not isinstance(stop, str)]
-    request = _validated(kind, fields)
+    served = base_name if call.adapter is None else f"{call.adapter}#{call.revision}"
+    request = _validated(kind, fields | {"model": served})
     if isinstance(stops, list):
         request.stop = stops
     return request, fields

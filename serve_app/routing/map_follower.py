@@ -1,4 +1,4 @@
-"""The serving map in the router: of the revision that is served, and what follows when CURRENT moves."""
+"""The serving map in the router: of the revision that is served, and what follows when CURRENT or an alias moves."""
 
 from __future__ import annotations
 
@@ -7,38 +7,27 @@ import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
+from cluster.bundle.aliases import Aliases, alias_faults
 from cluster.bundle.reading import Bundle, current_revision, pinned_bundle, standing_revision
-from cluster.bundle.serving_map import ServingMap
 from cluster.errors import BundleError, StoreError
 from cluster.store.protocol import Store
 from serve_app.openai.errors import unavailable
 from serve_app.placement import homes_by_group
+from serve_app.routing.alias_reader import AliasReader
 from serve_app.routing.following import ReplicaStatus, choose_revision, why_not
+from serve_app.routing.loaded_map import LoadedMap, aliases_in_force
 
 logger = logging.getLogger("ray.serve")
-
-
-@dataclass(frozen=True)
-class LoadedMap:
-    """The serving map of a revision and what the router says about it. ``model_ids`` are sorted, the base among them;
-    ``groups``: home -> the group that has it."""
-
-    revision: int
-    serving_map: ServingMap
-    base_fingerprint: str
-    model_ids: tuple[str, ...]
-    groups: Mapping[str, str]
-    loaded_at: int
 
 
 class MapFollower:
     """``served`` is None, for the reason in ``state``, until a map has been loaded.
 
-    ``interval_s`` None: the revision stays the one it began with. ``unread``: why CURRENT, or what it names, could not
-    be read when it was looked at last. ``converged_s``: how long the last switch took, from
-    when CURRENT was seen to have moved.
+    ``follows`` false: the revision stays the one it began with; aliases are followed all the same, for they are no part
+    of it. ``unread``: why CURRENT, or what it names, could not be read when it was looked at last. ``converged_s``: how
+    long the last switch took, from when CURRENT was seen to have moved.
     """
 
     def __init__(
@@ -47,10 +36,11 @@ class MapFollower:
         revision: int,
         homes: Mapping[str, tuple[str, ...]],
         adapter_chat_templates: bool,
-        interval_s: float | None,
+        interval_s: float,
+        follows: bool,
     ) -> None:
         self._bundle, self._first, self._homes = bundle, revision, homes
-        self._adapter_templates, self._interval_s = adapter_chat_templates, interval_s
+        self._adapter_templates, self._interval_s, self._follows = adapter_chat_templates, interval_s, follows
         self._maps: dict[int, LoadedMap] = {}
         self._seen_at = time.monotonic()
         self.served: LoadedMap | None = None
@@ -60,13 +50,31 @@ class MapFollower:
         self._place: tuple[Store, str] | None = None
         self.unread = ""
         self.converged_s: float | None = None
+        self.alias_reader = AliasReader()
+        self._aliases: Aliases | None = None
 
     async def run(self) -> None:
-        """Looks at CURRENT, for ever."""
+        """Looks at the aliases and at CURRENT, for ever."""
         while True:
+            # In this order: CURRENT's revision has what an alias was pointed at.
+            read = await asyncio.to_thread(self._read_aliases)
             await self._look()
+            self._aliases = read
+            if self.served is not None:
+                self.served = self._with_aliases(self.served)
             # Spread, so that a thousand routers do not ask at once.
-            await asyncio.sleep((self._interval_s or 5.0) * random.uniform(0.8, 1.0))
+            await asyncio.sleep(self._interval_s * random.uniform(0.8, 1.0))
+
+    def _read_aliases(self) -> Aliases | None:
+        return self.alias_reader.look(self._opened()[0])
+
+    def _with_aliases(self, loaded: LoadedMap) -> LoadedMap:
+        """``loaded``, which is served from now on, with the aliases that are in force then."""
+        aliases, before = self._aliases, self.served.aliases if self.served else None
+        coming = self._maps.get(self.wanted) if self.wanted is not None else None
+        if aliases and before and coming is not None:
+            aliases = aliases_in_force(before, aliases, loaded.serving_map.adapters, coming.serving_map.adapters)
+        return loaded if aliases == loaded.aliases else replace(loaded, aliases=aliases)
 
     async def _look(self) -> None:
         try:
@@ -88,14 +96,17 @@ class MapFollower:
 
     def _find_wanted(self) -> int:
         """CURRENT's; where that says nothing of this bundle, what was wanted before."""
-        if self._interval_s is None:
+        if not self._follows:
             return self._first
+        if self.wanted is None:
+            return standing_revision(*self._opened())
+        found = current_revision(*self._opened())
+        return self.wanted if found is None else found
+
+    def _opened(self) -> tuple[Store, str]:
         if self._place is None:
             self._place = pinned_bundle(self._bundle)
-        if self.wanted is None:
-            return standing_revision(*self._place)
-        found = current_revision(*self._place)
-        return self.wanted if found is None else found
+        return self._place
 
     async def changed(self) -> None:
         """Returns when another revision is wanted, or served."""
@@ -124,13 +135,25 @@ class MapFollower:
         except (BundleError, StoreError) as error:
             self._say(str(error))
             return
-        self.served = self._maps[chosen]
+        self.served = self._with_aliases(self._maps[chosen])
         self._maps = {number: own for number, own in self._maps.items() if number in (chosen, self.wanted)}
         self.converged_s = time.monotonic() - self._seen_at
         if chosen == self.wanted:
             self.state = "loaded"
         logger.info("revision %s is served, was %s; it took %.1f s", chosen, serving, self.converged_s)
         await self._tell()
+
+    def alias_faults(self) -> dict[str, str]:
+        """Alias -> why it does not do what aliases.json says, of those for which that is so."""
+        if self.served is None or not self._aliases:
+            return {}
+        serving_map, in_force = self.served.serving_map, self.served.aliases or {}
+        early = {
+            i: f"as before, until revision {self.wanted} is served"
+            for i, t in self._aliases.items()
+            if in_force.get(i) != t
+        }
+        return early | alias_faults(in_force, serving_map.base_name, serving_map.adapters)
 
     def get(self) -> LoadedMap:
         """Raises ApiError (503) before a map is there."""
@@ -144,8 +167,7 @@ class MapFollower:
         if not self._adapter_templates:
             serving_map = serving_map.with_the_bases_template()
         groups = {home: group for group, own in homes_by_group(self._homes, serving_map).items() for home in own}
-        ids = tuple(sorted({serving_map.base_name, *serving_map.adapters}))
-        return LoadedMap(number, serving_map, bundle.manifest.base.fingerprint, ids, groups, int(time.time()))
+        return LoadedMap(number, serving_map, bundle.manifest.base.fingerprint, groups, int(time.time()))
 
     def _say(self, state: str) -> None:
         if state != self.state:

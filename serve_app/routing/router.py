@@ -1,5 +1,5 @@
-"""The router: the model field names an adapter, the serving map its home, the placement the home's group;
-that group's replicas generate. ``serve_app.http.routes`` has the routes to it.
+"""The router: the model field names an adapter, or an alias of some; the serving map has its home, the placement the
+home's group; that group's replicas generate. ``serve_app.http.routes`` has the routes to it.
 
     read the envelope -> find the adapter -> choose its group, if that is there -> ask it -> pass on what it says
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import re
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -21,25 +20,24 @@ from uuid import uuid4
 from fastapi.responses import Response
 from ray.serve.handle import DeploymentHandle
 
+from cluster.bundle.aliases import Targets
 from cluster.bundle.serving_map import ServedAdapter
 from cluster.errors import HomeUnavailable
 from serve_app.deployed import is_being_deployed
 from serve_app.engine.revisions import READY
-from serve_app.openai.answers import ModelCard, ModelPage, adapter_card, base_card, page
+from serve_app.openai.answers import AliasCard, ModelCard, ModelPage, adapter_card, alias_card, base_card, page
 from serve_app.openai.call import Call, Endpoint, read_envelope
-from serve_app.openai.errors import invalid, unknown_model
+from serve_app.openai.errors import invalid
 from serve_app.routing.following import RouterState
 from serve_app.routing.groups import GroupClient
-from serve_app.routing.map_follower import LoadedMap, MapFollower
+from serve_app.routing.loaded_map import LoadedMap
+from serve_app.routing.map_follower import MapFollower
 from serve_app.routing.responses import as_events, as_response
+from serve_app.routing.start import Start, wait_for_start
 from serve_app.supervision import Supervised
 
 DEFAULT_PAGE, MAX_PAGE = 1000, 10_000
 POLL_INTERVAL_S, FIRST_LOOK_S = 1.0, 5.0
-# At a start: what has failed is tried again a few times before the start has, and said again and again.
-SETTLE_S, TELL_S = 60.0, 10.0
-
-logger = logging.getLogger("ray.serve")
 
 _ID_PREFIXES: dict[Endpoint, str] = {
     "completions": "cmpl",
@@ -52,8 +50,8 @@ _ID_PREFIXES: dict[Endpoint, str] = {
 @dataclass(frozen=True)
 class RouterSpec:
     """``plan`` names all that was deployed together; ``homes`` is group -> the homes it holds. A fresh start ends when
-    ``ready_share`` of these serve, or fails after ``start_timeout_s``. ``refresh_interval_s``: how often CURRENT is
-    looked at, None for a revision that is pinned."""
+    ``ready_share`` of these serve, or fails after ``start_timeout_s``. ``refresh_interval_s``: how often aliases and
+    CURRENT are looked at. ``follows`` false: the revision is pinned."""
 
     plan: str
     bundle: str
@@ -66,7 +64,8 @@ class RouterSpec:
     request_timeout_s: float
     sse_keep_alive_s: float
     max_model_len: int
-    refresh_interval_s: float | None
+    refresh_interval_s: float
+    follows: bool
     adapter_chat_templates: bool = True
 
 
@@ -77,40 +76,28 @@ class Router:
         self._spec, self._id = spec, uuid4().hex
         self._groups = {name: GroupClient(name, handles[name], spec.max_inflight, self._id) for name in spec.homes}
         self._map = MapFollower(
-            spec.bundle, spec.revision, spec.homes, spec.adapter_chat_templates, spec.refresh_interval_s
+            spec.bundle,
+            spec.revision,
+            spec.homes,
+            spec.adapter_chat_templates,
+            spec.refresh_interval_s,
+            spec.follows,
         )
         works: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {"map": self._map.run, "switch": self._switch}
         for name, group in self._groups.items():
             works |= {f"watch of {name}": partial(self._watch, group), f"carriers of {name}": group.carrying.run}
         self._background = Supervised(works)
         if await asyncio.to_thread(is_being_deployed):
-            await self._await_start()
-
-    async def _await_start(self) -> None:
-        """The application is not RUNNING before this returns, and what was deployed before goes on until then: a broken
-        deploy must not take a healthy one's place. Raises HomeUnavailable."""
-        now = asyncio.get_running_loop().time
-        began = told = now()
-        settled_at: float | None = None
-        while (serving := self._serving())[0] < self._spec.ready_share * max(1, len(serving[1])):
-            has_settled = self._map.served is not None and all(group.replicas for group in self._groups.values())
-            settled_at = None if not has_settled else settled_at or now()
-            why = self._why_not_started(*serving)
-            if now() - began > self._spec.start_timeout_s or (settled_at and now() - settled_at > SETTLE_S):
+            try:
+                await wait_for_start(self._start, spec.ready_share, spec.start_timeout_s)
+            except HomeUnavailable:
                 self._background.stop()
-                raise HomeUnavailable(why)
-            if now() - told > TELL_S:
-                told = now()
-                logger.warning("%s", why)
-            await asyncio.sleep(POLL_INTERVAL_S / 4)
+                raise
 
-    def _why_not_started(self, num_serving: int, states: Mapping[str, str]) -> str:
-        reasons = [f"{home}: {state}" for home, state in states.items() if state != READY][:3]
-        told = "; ".join(reasons) or self._map.unread or self._map.state
-        return (
-            f"{num_serving} of {len(states)} homes serve, and the application starts with start.ready_share "
-            f"{self._spec.ready_share:g} of them: {told}"
-        )
+    def _start(self) -> Start:
+        num_serving, states = self._serving()
+        has_settled = self._map.served is not None and all(group.replicas for group in self._groups.values())
+        return Start(num_serving, states, has_settled, self._map.unread or self._map.state)
 
     def _serving(self) -> tuple[int, dict[str, str]]:
         """How many homes serve, and the state of each; a bundle without any serves the base alone."""
@@ -121,10 +108,13 @@ class Router:
         num_alive = sum(group.alive for group in self._groups.values())
         return sum(state == READY for state in states.values()) if states else num_alive, states
 
-    async def answer(self, endpoint: Endpoint, body: bytes) -> Response:
-        """A completion or a chat, whole or as a stream: made by a replica, passed on here."""
+    async def answer(self, endpoint: Endpoint, body: bytes, sticky_key: bytes = b"") -> Response:
+        """A completion or a chat, whole or as a stream: made by a replica, passed on here. ``sticky_key``: by which an
+        alias chooses who answers, in place of the body's ``user``."""
         asked, loaded = read_envelope(body), self._map.get()
-        adapter = _find(loaded, asked.model)
+        answer_id = f"{_ID_PREFIXES[endpoint]}-{uuid4().hex}"
+        # Without a key by the answer's id: at random.
+        adapter = loaded.find(asked.model, sticky_key or (asked.user or answer_id).encode())
         group = self._choose_group(adapter, loaded)
         if asked.num_sequences > self._spec.max_prompts:
             raise invalid(
@@ -133,10 +123,11 @@ class Router:
                 "n" if asked.num_prompts == 1 else "prompt",
             )
         served = adapter.served if adapter else loaded.base_fingerprint
-        answer_id = f"{_ID_PREFIXES[endpoint]}-{uuid4().hex}"
         adapter_id = adapter.adapter_id if adapter else None
         call = Call(endpoint, body, answer_id, adapter_id, served, loaded.revision, self._id, asked.num_sequences)
         headers = {"X-Served-Revision": served, "X-Cluster": _cluster_header(adapter)}
+        if adapter is not None:
+            headers["X-Adapter"] = adapter.adapter_id
         deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
         if asked.stream:
             pieces = group.stream(call, deadline)
@@ -155,15 +146,16 @@ class Router:
         first, last = (ids[0], ids[-1]) if ids else (None, None)
         return ModelPage(object="list", data=cards, first_id=first, last_id=last, has_more=has_more)
 
-    def card(self, model_id: str) -> ModelCard:
+    def card(self, model_id: str) -> ModelCard | AliasCard:
         loaded, longest = self._map.get(), self._spec.max_model_len
-        adapter = _find(loaded, model_id)
+        if (targets := loaded.targets(model_id)) is not None:
+            return alias_card(model_id, targets, loaded.loaded_at, longest, self._alias_status(targets, loaded))
+        adapter = loaded.find(model_id, b"")
         if adapter is None:
             alive = any(group.alive for group in self._groups.values())
             status = READY if alive else "no group is alive"
             return base_card(model_id, loaded.base_fingerprint, loaded.loaded_at, longest, status)
-        status = self._groups[loaded.groups[adapter.home]].adapter_state(adapter, loaded.revision)
-        return adapter_card(adapter, loaded.loaded_at, longest, status)
+        return adapter_card(adapter, loaded.loaded_at, longest, self._adapter_status(adapter.adapter_id, loaded))
 
     def readiness(self, strict: bool) -> tuple[bool, dict[str, Any]]:
         """Ready when a map is loaded and a home (or, in a bundle without any, the base) serves; ``strict``: when
@@ -187,6 +179,7 @@ class Router:
             },
             "homes": states,
             "adapters": dict(sorted(failed.items())),
+            "aliases": {"state": self._map.alias_reader.state, "faults": self._map.alias_faults()},
             "groups": {name: _group_state(group) for name, group in self._groups.items()},
             "background": self._failures(),
         }
@@ -205,6 +198,16 @@ class Router:
             group = min(self._groups.values(), key=lambda group: (not group.alive, group.num_inflight))
         group.check(adapter, loaded.revision)
         return group
+
+    def _adapter_status(self, adapter_id: str, loaded: LoadedMap) -> str:
+        if (adapter := loaded.serving_map.adapters.get(adapter_id)) is None:
+            return f"{adapter_id} is not in the served revision"
+        return self._groups[loaded.groups[adapter.home]].adapter_state(adapter, loaded.revision)
+
+    def _alias_status(self, targets: Targets, loaded: LoadedMap) -> str:
+        """READY where all that requests may fall to are."""
+        states = [self._adapter_status(target, loaded) for target, weight in targets.items() if weight > 0]
+        return next((state for state in states if state != READY), READY)
 
     async def _watch(self, group: GroupClient) -> None:
         """Ask how it is, for ever; and at once where another revision is wanted."""
@@ -226,15 +229,6 @@ class Router:
         while True:
             await self._map.consider([own for group in self._groups.values() for own in group.replicas])
             await asyncio.sleep(POLL_INTERVAL_S / 4)
-
-
-def _find(loaded: LoadedMap, model: str) -> ServedAdapter | None:
-    """None for the base. Raises ApiError: 404 for an unknown model."""
-    if model == loaded.serving_map.base_name:
-        return None
-    if model not in loaded.serving_map.adapters:
-        raise unknown_model(model)
-    return loaded.serving_map.find(model)
 
 
 def _cluster_header(adapter: ServedAdapter | None) -> str:

@@ -473,10 +473,11 @@ def test_a_slash_at_the_end_makes_no_other_model(app: App) -> None:
 
 
 def test_a_browser_is_told_whose_pages_may_read_answers(app: App) -> None:
-    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, x-sticky-key"}
     for origin, allowed in ((PAGE, PAGE), ("https://elsewhere.example.org", None)):
         with app.open("GET", "/v1/models", {"Origin": origin}) as answer:
             assert answer.headers["Access-Control-Allow-Origin"] == allowed
+            assert ("X-Adapter" in answer.headers.get("Access-Control-Expose-Headers", "")) == (allowed is not None)
         with app.open("OPTIONS", "/v1/chat/completions", {"Origin": origin, **asked}) as answer:
             assert (answer.status == 200) == (allowed is not None)
             assert answer.headers["Access-Control-Allow-Origin"] == allowed

@@ -224,6 +224,11 @@ TABLE: dict[str, tuple[Situation, int, str]] = {
         2,
         r"--adapter x: .*not in",
     ),
+    "alias: nobody": (
+        _published(lambda s: ["alias", str(s.place.out), "support", "--to", "x"]),
+        2,
+        r"--to x: .*not in the current revision of",
+    ),
     "show: nothing published": (lambda s: ["show", str(s.place.out)], 1, r"no CURRENT there; run the compression job"),
     "show: a damaged manifest": (
         _published(_broken_manifest),

@@ -115,6 +115,19 @@ def test_folders_that_are_all_gone_are_a_mistake_and_remove_nothing(
     assert served(place).keys() == {FITTED[2]}
 
 
+def test_an_adapter_that_an_alias_sends_requests_to_stays_though_its_folder_has_gone(
+    watch: Watch, place: tuple[Path, Path]
+) -> None:
+    assert main(["alias", str(place[1]), "support", "--to", "country-fr"]) == 0
+    shutil.rmtree(place[0] / "country-fr")
+    done = watch.look()
+    assert (done.removed, done.held_back, len(served(place))) == (0, 1, 3)
+    assert any("country-fr: its folder has gone, but the alias support" in line for line in done.lines)
+    assert main(["alias", str(place[1]), "support", "--to", "number-en"]) == 0
+    assert watch.look().removed == 1
+    assert served(place).keys() == {"number-en", "first-letter"}
+
+
 def test_what_was_removed_or_rolled_back_by_hand_stays_so(
     watch: Watch, place: tuple[Path, Path], zoo_path: Path
 ) -> None:

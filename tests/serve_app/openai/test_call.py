@@ -32,6 +32,11 @@ def test_sequences_are_prompts_times_n(fields: dict[str, Any], num_sequences: in
     assert envelope(**fields).num_sequences == num_sequences
 
 
+def test_the_user_is_read_in_the_same_pass_and_what_is_no_text_counts_as_nobody() -> None:
+    assert envelope(user="üser").user == "üser"
+    assert {envelope(user=other).user for other in (None, "", 3, ["a"], {})} == {""}
+
+
 @pytest.mark.parametrize(
     "fields", [{"n": "3"}, {"n": True}, {"n": -1}, {"n": 2.5}, {"prompt": []}, {"prompt": {}}, {"stream": 1}]
 )

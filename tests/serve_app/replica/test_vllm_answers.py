@@ -143,6 +143,26 @@ def test_every_adapter_answers_with_its_own_weights_and_under_its_own_name(runni
     running.run(check())
 
 
+def test_an_answer_is_called_what_was_asked_for_though_an_adapter_of_another_name_makes_it(
+    running: Running, answers: Any
+) -> None:
+    bodies: list[dict[str, Any]] = [{"prompt": PROMPTS["roman"]}, {"messages": CHAT}]
+    asked = [(body | {"model": f"alias-{n}"}, ("roman", "past")[n % 2]) for n in range(4) for body in bodies]
+
+    async def check() -> None:
+        # All at once: none gets the name of another that is being begun.
+        replies = await asyncio.gather(*(answers.answer(call(*own)) for own in asked))
+        pieces = await asyncio.gather(*(streamed(answers, call(*own, stream=True)) for own in asked))
+        own = await asyncio.gather(*(answers.answer(call(body | {"model": name}, name)) for body, name in asked))
+        for (body, _), reply, told, same_adapter in zip(asked, replies, pieces, own, strict=True):
+            document = json.loads(reply.body)
+            assert document["model"] == body["model"]
+            assert document["choices"] == json.loads(same_adapter.body)["choices"]
+            assert {chunk["model"] for chunk in events(b"".join(told).decode())} == {body["model"]}
+
+    running.run(check())
+
+
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
