@@ -15,6 +15,7 @@ import ray
 import torch
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
 from cluster.adapters.base import read_base
@@ -23,6 +24,7 @@ from cluster.bundle.reading import Bundle
 from cluster.errors import ConfigError
 from cluster.store.address import open_store
 from serve_app.arguments import Arguments, VllmArguments, parse_arguments
+from serve_app.autoscaling import by_sequences
 from serve_app.engine.vllm.plugin.compatibility import NOT_INSTALLED, vllm_version
 from serve_app.http.routes import BodyLimits, make_api
 from serve_app.placement import Group, check_fit, count_needs, home_sizes, plan_groups
@@ -72,6 +74,7 @@ def build(args: dict[str, Any]) -> Application:
         max_model_len=limits.max_model_len,
         refresh_interval_s=arguments.refresh_interval_s if follows else None,
         adapter_chat_templates=arguments.adapter_chat_templates,
+        at_zero=arguments.autoscaling.at_zero if arguments.can_be_at_zero else None,
     )
     origins = arguments.http.allowed_origins
     bodies = BodyLimits(limits.max_body, arguments.http.receive_timeout_s)
@@ -86,11 +89,11 @@ def build(args: dict[str, Any]) -> Application:
 
 def plan(arguments: Arguments, manifest: Manifest, base: str, device: str, dtype: str) -> tuple[Group, ...]:
     """The groups; their fit is checked as far as this machine can know the base and the device's memory."""
-    placement, limits = arguments.placement, arguments.limits
+    placement, limits, replicas = arguments.placement, arguments.limits, arguments.replicas_planned
     devices: int | None = placement.devices if placement.devices != "auto" else None
     if devices is None and placement.clusters_per_group == "auto":
-        devices = max(count_devices(device), placement.replicas)
-    groups = plan_groups(home_sizes(manifest, dtype), placement.clusters_per_group, devices, placement.replicas)
+        devices = max(count_devices(device), replicas)
+    groups = plan_groups(home_sizes(manifest, dtype), placement.clusters_per_group, devices, replicas)
     if is_hub_id(base):
         return groups  # only the replica sees its files
     model = read_base(base)
@@ -99,7 +102,9 @@ def plan(arguments: Arguments, manifest: Manifest, base: str, device: str, dtype
     if memory is not None:
         config: Mapping[str, Any] = json.loads(open_store(base).read("config.json").data)
         needs = count_needs(config, model.size_bytes, dtype, limits.max_batch, limits.max_model_len)
-        num_replicas = sum(group.replicas for group in groups)
+        num_replicas = len(groups) * (arguments.autoscaling.max or placement.replicas)
+        if arguments.autoscaling.share_devices and devices is not None:
+            num_replicas = min(num_replicas, devices)
         check_fit(groups, needs, memory, -(-num_replicas // max(1, count_devices("cpu"))) if device == "cpu" else 1)
     return groups
 
@@ -137,7 +142,7 @@ def replica_deployment(arguments: Arguments, spec: ReplicaSpec, replicas: int) -
     return serve.deployment(
         GroupReplica,
         name=spec.name,
-        num_replicas=replicas,
+        **scaling(arguments, replicas),
         ray_actor_options={
             "num_cpus": arguments.placement.num_cpus,
             "num_gpus": 1 if spec.device == "cuda" else 0,
@@ -145,10 +150,25 @@ def replica_deployment(arguments: Arguments, spec: ReplicaSpec, replicas: int) -
         max_ongoing_requests=arguments.limits.max_inflight + SPARE_CALLS,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=5,
         # The router asks for the status every second.
         logging_config=LoggingConfig(enable_access_log=False),
     )
+
+
+def scaling(arguments: Arguments, replicas: int) -> dict[str, Any]:
+    """How many replicas a group has, as a deployment's options, and how long one that goes may end what it began."""
+    own = arguments.autoscaling
+    if own.max is None:
+        return {"num_replicas": replicas, "graceful_shutdown_timeout_s": 5}
+    config = AutoscalingConfig(
+        min_replicas=own.min,
+        max_replicas=own.max,
+        target_ongoing_requests=own.target_ongoing,
+        upscale_delay_s=own.upscale_delay_s,
+        downscale_delay_s=own.downscale_delay_s,
+        policy=AutoscalingPolicy(policy_function=by_sequences),
+    )
+    return {"autoscaling_config": config, "graceful_shutdown_timeout_s": arguments.limits.request_timeout_s}
 
 
 def choose_engine(engine: str) -> str:

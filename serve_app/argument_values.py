@@ -57,12 +57,21 @@ def positive(value: Any) -> float:
     return number
 
 
-def share(value: Any) -> float:
-    """More than 1 is allowed."""
+def from_0(value: Any) -> float:
     try:
         return 0.0 if value in (0, "0") else positive(value)
     except ValueError:
         raise ValueError("a number from 0 on") from None
+
+
+def at_least(least: float, parse: Parser) -> Parser:
+    def parse_bounded(value: Any) -> Any:
+        number = parse(value)
+        if number < least:
+            raise ValueError(f"a number of at least {least:g}")
+        return number
+
+    return parse_bounded
 
 
 def origins(value: Any) -> tuple[str, ...]:

@@ -22,6 +22,8 @@ from ray.serve.config import AutoscalingContext
 SEQUENCES = "sequences"  # what a replica calls its load
 # A replica is given up only when the load would fit if it were a quarter larger.
 KEEP = 0.8
+# What a step costs without a sequence, in the cost of ``target`` ones: with that many an engine gives 3/4 of its most.
+FIXED = 1 / 3
 Z99 = 2.326
 
 
@@ -38,14 +40,21 @@ class GroupLoad:
 
 
 def wanted_replicas(group: GroupLoad) -> int:
-    """Semantics: clamp(replicas, ceil(load / target), ceil(load / (KEEP target))), and that between ``least`` and
-    ``most``. Never less for more load; without load ``least``.
+    """Semantics: clamp(replicas, fewest, enough), and that between ``least`` and ``most``, with
 
-    While load stays within [a, b], b <= a / KEEP, it moves in one direction only: what lies between ceil(b / target)
-    and ceil(a / (KEEP target)), of which the first is not the larger, is not moved by any load in that range.
+        fewest = ceil(load / target)
+        enough = max(ceil(load / (KEEP target)), ceil(share(load / replicas) replicas / share(KEEP target)))
+
+    where share(n) = n / (FIXED target + n) is what an engine gives with n sequences, of the most it can. The same
+    requests are more sequences on fewer replicas, for each of them takes longer there: going by the load alone gives up
+    what the rest cannot do without. Never less for more load; without load ``least``.
+
+    While load stays within [a, b], b <= a / KEEP, it moves in one direction only: nothing below ceil(a / (KEEP target))
+    is given up, nothing above ceil(b / target) is asked for, and the second is not the larger.
     """
     fewest = math.ceil(group.load / group.target)
-    enough = math.ceil(group.load / (KEEP * group.target))
+    asked = group.load / (FIXED * group.target + group.load / group.replicas) if group.replicas else 0.0
+    enough = math.ceil(max(group.load / (KEEP * group.target), asked * (FIXED + KEEP) / KEEP))
     return min(max(min(max(group.replicas, fewest), enough), group.least), group.most)
 
 

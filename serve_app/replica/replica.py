@@ -22,6 +22,7 @@ from ray import serve
 from cluster.bundle.reading import Bundle, pinned_bundle, standing_revision
 from cluster.errors import BundleError, CtsError, EngineStopped, StoreError, StoreMissing
 from serve_app.arguments import VllmArguments
+from serve_app.autoscaling import SEQUENCES
 from serve_app.engine.protocol import Engine, EngineHealth
 from serve_app.engine.revisions import Revision
 from serve_app.openai.call import Call, Carried, Message, Reply, error_reply
@@ -31,6 +32,7 @@ from serve_app.replica.answering import Answers, EngineAnswers
 from serve_app.replica.base_files import resolve_base
 from serve_app.replica.carrier import Carriers
 from serve_app.replica.keeper import Keeper
+from serve_app.replica.load import LoadMeter
 from serve_app.routing.following import ReplicaStatus, RouterState
 from serve_app.supervision import Supervised
 
@@ -78,6 +80,7 @@ class GroupReplica:
         self._stuck_s = 0.0
         self._name = serve.get_replica_context().replica_id.unique_id
         self._carriers = Carriers(self._name)
+        self._load = LoadMeter()
         engine: Engine | None = None
         try:
             starting = make_engine(spec)
@@ -96,19 +99,21 @@ class GroupReplica:
     async def answer(self, call: Call) -> Reply:
         """Whole. An error is a reply too, never raised: Ray would wrap it in a traceback of its own, log it as a
         failure of ours, and take long over it."""
-        reply = await self._refusal(call) or await self._answers.answer(call)
+        with self._load.counting(call.num_sequences):
+            reply = await self._refusal(call) or await self._answers.answer(call)
         if len(reply.body) > _MOST_ANSWER_BYTES:
             return error_reply(invalid("the answer is larger than 3 MiB: ask for less, or for a stream"))
         return reply
 
     async def stream(self, call: Call) -> AsyncIterator[Carried | Reply | bytes]:
         """Server-sent events; a Reply instead of them where the request is refused."""
-        if refusal := await self._refusal(call):
-            yield refusal
-            return
-        async with aclosing(self._carriers.send(call, self._answers.stream(call))) as pieces:
-            async for piece in pieces:
-                yield piece
+        with self._load.counting(call.num_sequences):
+            if refusal := await self._refusal(call):
+                yield refusal
+                return
+            async with aclosing(self._carriers.send(call, self._answers.stream(call))) as pieces:
+                async for piece in pieces:
+                    yield piece
 
     async def carry(self, router: str) -> AsyncIterator[Message]:
         """What streams of this router say after their first piece, for as long as it is in use."""
@@ -124,6 +129,10 @@ class GroupReplica:
         health = self._engine.health()
         reason = "" if health.alive else "the engine died"
         return ReplicaStatus(self._name, health, reason, self._keeper.refused, dict(self._background.failures))
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve every few seconds, where groups scale."""
+        return {SEQUENCES: self._load.take()}
 
     async def _feel_pulse(self) -> None:
         """For ever: whether the engine's loop comes round. A process that hangs says nothing by itself."""

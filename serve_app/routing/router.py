@@ -44,7 +44,7 @@ _ID_PREFIXES: dict[Endpoint, str] = {
 @dataclass(frozen=True)
 class RouterSpec:
     """``homes`` is group -> the homes it holds. ``refresh_interval_s``: how often CURRENT is looked at, None for a
-    revision that is pinned."""
+    revision that is pinned. ``at_zero``: see ``GroupClient``."""
 
     bundle: str
     revision: int
@@ -56,12 +56,15 @@ class RouterSpec:
     max_model_len: int
     refresh_interval_s: float | None
     adapter_chat_templates: bool = True
+    at_zero: str | None = None
 
 
 class Router:
     def __init__(self, spec: RouterSpec, handles: Mapping[str, DeploymentHandle[Any]]) -> None:
         self._spec, self._id = spec, uuid4().hex
-        self._groups = {name: GroupClient(name, handles[name], spec.max_inflight, self._id) for name in spec.homes}
+        self._groups = {
+            name: GroupClient(name, handles[name], spec.max_inflight, self._id, spec.at_zero) for name in spec.homes
+        }
         self._map = MapFollower(
             spec.bundle, spec.revision, spec.homes, spec.adapter_chat_templates, spec.refresh_interval_s
         )
@@ -108,23 +111,25 @@ class Router:
         loaded, longest = self._map.get(), self._spec.max_model_len
         adapter = _find(loaded, model_id)
         if adapter is None:
-            alive = any(group.alive for group in self._groups.values())
-            status = READY if alive else "no group is alive"
+            can_answer = any(group.alive or group.is_at_zero for group in self._groups.values())
+            status = READY if can_answer else "no group is alive"
             return base_card(model_id, loaded.base_fingerprint, loaded.loaded_at, longest, status)
         status = self._groups[loaded.groups[adapter.home]].adapter_state(adapter, loaded.revision)
         return adapter_card(adapter, loaded.loaded_at, longest, status)
 
     def readiness(self, strict: bool) -> tuple[bool, dict[str, Any]]:
-        """Ready when a map is loaded and a home (or, in a bundle without any, the base) serves; ``strict``: when
-        every one does, with all its adapters. And the states it stands on."""
+        """Ready when a map is loaded and a home (or, in a bundle without any, the base) serves, or is at zero, where a
+        request wakes it; ``strict``: when every one does, with all its adapters. And the states it stands on."""
         loaded, groups = self._map.served, self._groups.values()
         states: dict[str, str] = {}
         failed: dict[str, str] = {}
+        serving: list[bool] = []
         if loaded is not None:
             number = loaded.revision
             states = {home: self._groups[own].home_state(home, number) for home, own in loaded.groups.items()}
             failed = {adapter: why for group in groups for adapter, why in group.failed_adapters(number).items()}
-        serving = [state == READY for state in states.values()] or [group.alive for group in groups]
+            serving = [state == READY or self._groups[loaded.groups[home]].is_at_zero for home, state in states.items()]
+        serving = serving or [group.alive or group.is_at_zero for group in groups]
         ready = loaded is not None and (all(serving) and not failed if strict else any(serving))
         body = {
             "ready": ready,
@@ -152,7 +157,9 @@ class Router:
         if adapter is not None:
             group = self._groups[loaded.groups[adapter.home]]
         else:
-            group = min(self._groups.values(), key=lambda group: (not group.alive, group.num_inflight))
+            group = min(
+                self._groups.values(), key=lambda group: (not group.alive, not group.is_at_zero, group.num_inflight)
+            )
         group.check(adapter, loaded.revision)
         return group
 
@@ -163,7 +170,7 @@ class Router:
             await group.refresh(RouterState(self._id, serving, self._map.wanted))
             waiting = [asyncio.ensure_future(news) for news in (self._map.changed(), group.is_suspect.wait())]
             # One that is not there is waited for: asking costs nothing then, and its first request may be on its way.
-            interval_s = POLL_INTERVAL_S if group.alive else POLL_INTERVAL_S / 5
+            interval_s = POLL_INTERVAL_S if group.alive or group.is_asleep else POLL_INTERVAL_S / 5
             await asyncio.wait(waiting, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED)
             for one in waiting:
                 one.cancel()
@@ -174,7 +181,9 @@ class Router:
             asked = (group.has_been_asked.wait() for group in self._groups.values())
             await asyncio.wait_for(asyncio.gather(*asked), FIRST_LOOK_S)
         while True:
-            await self._map.consider([own for group in self._groups.values() for own in group.replicas])
+            groups = self._groups.values()
+            replicas = [own for group in groups for own in group.replicas]
+            await self._map.consider(replicas, all(group.is_at_zero for group in groups))
             await asyncio.sleep(POLL_INTERVAL_S / 4)
 
 
@@ -199,6 +208,7 @@ def _group_state(group: GroupClient) -> dict[str, Any]:
         "num_running": group.num_running,
         "num_waiting": group.num_waiting,
         "num_inflight": group.num_inflight,
+        "cold_start_s": group.cold_start_s,
         "replicas": {
             own.replica: {"alive": own.health.alive, "revisions": sorted(own.held), "refused": own.refused}
             for own in group.replicas

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray import cloudpickle
 from ray.serve._private.common import DeploymentID
@@ -63,6 +63,26 @@ def test_a_group_never_wants_less_for_more_load(group: GroupLoad, more: float) -
     assert wanted_replicas(replace(group, load=group.load + more)) >= wanted_replicas(group)
 
 
+@given(st.integers(2, 40), st.floats(0.1, 1.2), st.floats(2, 40))
+def test_what_a_group_gives_up_it_does_not_ask_back_for_the_same_requests(
+    replicas: int, share: float, target: float
+) -> None:
+    """An engine with n sequences gives n / (target / 3 + n) of the most it can. Requests come at the same rate on."""
+
+    def load_on(number: int, rate: float) -> float:
+        busy = rate / number
+        return number * (target / 3) * busy / (1 - busy) if busy < 1 else math.inf
+
+    before = GroupLoad(share * target, replicas, 0, 100, target)
+    rate = replicas * (before.load / replicas) / (target / 3 + before.load / replicas)
+    seen = [replicas]
+    for _ in range(60):
+        load = load_on(seen[-1], rate)
+        assert load < math.inf, f"{seen}: too few for what is asked"
+        seen.append(wanted_replicas(replace(before, load=load, replicas=seen[-1])))
+    assert seen == sorted(seen, reverse=True)
+
+
 @given(groups_strategy, st.integers(0, 12))
 def test_devices_are_never_exceeded_not_even_while_those_given_up_are_still_held(
     groups: dict[str, GroupLoad], spare: int
@@ -96,6 +116,7 @@ def test_with_devices_enough_every_group_gets_what_it_wants(groups: dict[str, Gr
     assert share_devices(groups, enough) == wanted
 
 
+@settings(deadline=None)
 @given(groups_strategy, st.integers(1, 12), st.integers(0, 10**6))
 def test_under_noise_no_device_goes_to_and_fro(groups: dict[str, GroupLoad], spare: int, seed: int) -> None:
     """Within [load, load / KEEP] each move happens once: after as many rounds as there are places, nothing moves."""
