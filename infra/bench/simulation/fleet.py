@@ -110,7 +110,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``latencies_s`` by when they came; ``devices`` at each tick."""
+    """``latencies_s`` of the requests that ``came_at`` so; ``devices`` at each tick until the last one came."""
 
     came_at: np.ndarray
     latencies_s: np.ndarray
@@ -118,15 +118,14 @@ class Outcome:
     swaps: int
 
     def figures(self) -> dict[str, float]:
-        hours = len(self.devices) * TICK_S / 3600
         p50, p99 = np.percentile(self.latencies_s, [50, 99])
-        device_s = float(self.devices.sum() * TICK_S)
+        asked_s, device_s = len(self.devices) * TICK_S, float(self.devices.sum() * TICK_S)
         return {
             "devices_mean": round(float(self.devices.mean()), 2),
             "devices_most": int(self.devices.max()),
             "latency_p50_s": round(float(p50), 2),
             "latency_p99_s": round(float(p99), 2),
-            "swaps_per_s": round(self.swaps / (hours * 3600), 2),
+            "swaps_per_s": round(self.swaps / asked_s, 2),
             "device_s_per_1000_requests": round(1000 * device_s / len(self.latencies_s), 1),
         }
 
@@ -140,13 +139,13 @@ def simulate(
     slots: int | None,
     seed: int,
 ) -> Outcome:
-    """``requests``: when, and for which adapter, in order."""
+    """``requests``: when each comes, in order, and for which adapter. To the end of the last one."""
     draw, order = random.Random(seed), itertools.count()
     events: list[tuple[float, int, str, Any]] = [(requests[0][0], next(order), "request", 0)]
     heapq.heappush(events, (TICK_S, next(order), "tick", None))
     expected: dict[int, float] = {}  # the event that counts, of a replica's
     finished: list[tuple[float, float]] = []
-    held, swaps, free_at_end = [], 0, requests[-1][0]
+    held, swaps, last_came_at = [], 0, requests[-1][0]
 
     def push(at: float, kind: str, what: Any) -> None:
         heapq.heappush(events, (at, next(order), kind, what))
@@ -206,7 +205,7 @@ def simulate(
                         group.starting.pop()
                     else:
                         min((r for r in own if not r.is_leaving), key=lambda r: r.ongoing).is_leaving = True
-            if now <= free_at_end:
+            if now <= last_came_at:
                 held.append(sum(len(group.replicas) + len(group.starting) for group in groups))
             push(now + TICK_S, "tick", None)
     swaps += sum(own.swaps for group in groups for own in group.replicas)
