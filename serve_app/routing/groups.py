@@ -2,15 +2,13 @@
 
 Serve queues a call to a deployment without a running replica until there is one, which may be never. So the
 router asks each group for its state all the time, answers for a silent one by itself, and gives up waiting
-as soon as a group is known to be gone. One that may go to zero is not gone when it is there: a request is held here
-while the group is woken by a call of the router's own.
+as soon as a group is known to be gone. One that may go to zero is not gone when it is there: ``Zero`` wakes it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
@@ -24,17 +22,16 @@ from cluster.bundle.serving_map import ServedAdapter
 from cluster.errors import HomeUnavailable
 from serve_app.engine.revisions import READY, RevisionHealth
 from serve_app.openai.call import Call, Carried, Reply
-from serve_app.openai.errors import overloaded, unavailable
+from serve_app.openai.errors import overloaded
 from serve_app.routing.carrying import Carrying, carried
 from serve_app.routing.following import ReplicaStatus, RouterState
 from serve_app.routing.interruption import Interruption
 from serve_app.routing.retries import RetryBudget
+from serve_app.routing.zero import Zero
 
 # A busy replica on few cores may be slow to say how it is; its chunks count as signs of life too.
 SILENCE_S, PATIENCE_S = 10.0, 5.0
 UNAVAILABLE = 503  # of one replica: another may do better
-# Until it has been measured: what a client is told to wait for a group that is being woken.
-FIRST_COLD_START_S = 30.0
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,10 +43,7 @@ class ReplicaLost(HomeUnavailable):
 class GroupClient:
     """``num_inflight`` sequences of this router run or wait in the group; never more than ``max_inflight``.
     ``replicas``: what each said last.
-
-    ``at_zero``: what a request does that finds no replica: ``wait`` for the one it wakes, or ``refuse``, a 503 that
-    says when to come back. None: the group never goes to zero. ``cold_start_s``: how long waking it took the last time,
-    from the request to when a replica said that it lives.
+    ``at_zero``: what a request does that finds no replica, see ``Zero``; None: the group never goes to zero.
     """
 
     def __init__(
@@ -63,16 +57,13 @@ class GroupClient:
         self._stream = handle.options(stream=True)
         self._reason = "starting"
         self._seen_at = time.monotonic()
+        self._state = RouterState(router, None, None)
         self._calls: set[Interruption] = set()
         self._carried: dict[str, set[Interruption]] = {}  # by the replica whose carrier they are on
         self._retries = RetryBudget()
         self._router = router
         self.carrying = Carrying(name, self._open_carrier, self._saw, self._lose_carrier)
-        self._at_zero = at_zero
-        self.is_at_zero, self._is_there = False, asyncio.Event()
-        self._wanted_at, self._wanted_until = 0.0, 0.0
-        self._waking: Any = None  # the call that does it
-        self.cold_start_s: float | None = None
+        self.zero = Zero(name, at_zero, lambda: handle.status.remote(self._state))
 
     @property
     def alive(self) -> bool:
@@ -85,11 +76,6 @@ class GroupClient:
     @property
     def num_waiting(self) -> int:
         return sum(replica.health.num_waiting for replica in self.replicas)
-
-    @property
-    def is_asleep(self) -> bool:
-        """At zero, and nobody has asked for it."""
-        return self.is_at_zero and self._waking is None
 
     def home_state(self, home: str, revision: int) -> str:
         """READY where a replica can be asked for it, or why none can."""
@@ -111,7 +97,7 @@ class GroupClient:
 
     def check(self, served: ServedAdapter | None, revision: int) -> None:
         """Raises HomeUnavailable when the adapter (None: the base) cannot be asked."""
-        if self.is_at_zero:
+        if self.zero.is_now:
             return  # it is woken
         if not self.alive:
             raise HomeUnavailable(f"{self.name}: {self._reason}")
@@ -128,6 +114,7 @@ class GroupClient:
         """Ask every replica how it is, and tell it how this router is. By broadcast, which neither waits for a replica
         nor wakes one where there is none."""
         self.is_suspect.clear()
+        self._state = state
         try:
             self.replicas = await self._statuses(state)
         except TimeoutError:
@@ -135,14 +122,16 @@ class GroupClient:
                 self._lose("no answer; it is starting, or being replaced")
         except Exception as error:  # whatever it is: a group that cannot be asked cannot be used
             is_away = isinstance(error, DeploymentUnavailableError)
-            if is_away and self._at_zero is not None:
-                self._be_at_zero(state)
+            if is_away and self.zero.is_possible:
+                # Nothing that waits is given up: what was sent just before waits for a replica as well.
+                self.replicas, self._reason = [], self.zero.be()
+                self._saw()  # the silence of one that comes begins here
             else:
                 if not is_away:
                     logger.warning("%s: %s", self.name, error)
                 self._lose("no replica is running; one is starting, or being replaced")
         else:
-            self._leave_zero()
+            self.zero.leave(self.alive)
             if self.alive:
                 self._saw()
             elif self.replicas:
@@ -151,51 +140,16 @@ class GroupClient:
                 self._lose("its replica is lost, another is being started")
         self.has_been_asked.set()
 
-    def _be_at_zero(self, state: RouterState) -> None:
-        """Nothing that waits is given up: what was sent just before waits for a replica as well. A group that is wanted
-        is woken by a call that finds no replica. By the router's own task: what a request begins would end with it."""
-        self.replicas = []
-        self._saw()  # the silence of one that comes begins here
-        self.is_at_zero = True
-        self._is_there.clear()
-        is_wanted = time.monotonic() < self._wanted_until
-        if is_wanted and self._waking is None:
-            logger.info("%s is at zero, and is being woken", self.name)
-            self._waking = self._handle.status.remote(state)
-        elif not is_wanted:
-            self._stop_waking()
-        self._reason = "it is being woken" if is_wanted else "at zero; a request wakes it"
-
-    def _leave_zero(self) -> None:
-        """A replica has said something."""
-        if self.is_at_zero and self.alive and self._waking is not None:
-            self.cold_start_s = round(time.monotonic() - self._wanted_at, 2)
-            logger.info("%s is there; waking it took %.2f s", self.name, self.cold_start_s)
-        self.is_at_zero, self._wanted_until = False, 0.0
-        self._stop_waking()
-        self._is_there.set()
-
-    def _stop_waking(self) -> None:
-        if self._waking is not None:
-            self._waking.cancel()
-            self._waking = None
-
     async def _wake(self, deadline: float) -> None:
         """A replica is there when this returns. Raises ApiError (503) where requests do not wait for that, and
         HomeUnavailable when the one that came cannot serve, or none came until ``deadline``."""
-        if not self.is_at_zero:
+        if not self.zero.is_now:
             return
-        now, loop_now = time.monotonic(), asyncio.get_running_loop().time()
-        if now >= self._wanted_until:
-            self._wanted_at = now
-        self._wanted_until = max(self._wanted_until, now + deadline - loop_now)
         self.is_suspect.set()
-        if self._at_zero == "refuse":
-            after_s = math.ceil(self.cold_start_s or FIRST_COLD_START_S)
-            raise unavailable(f"{self.name} was at zero and is being woken; try again in {after_s} s", after_s)
+        self.zero.want(deadline)
         try:
             with Interruption(deadline) as interruption, self._ended_by(interruption):
-                await interruption.wait(self._is_there.wait())
+                await interruption.wait(self.zero.end())
         except TimeoutError:
             raise HomeUnavailable(f"{self.name} was at zero, and no replica came in time: is there room?") from None
 

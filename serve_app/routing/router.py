@@ -111,7 +111,7 @@ class Router:
         loaded, longest = self._map.get(), self._spec.max_model_len
         adapter = _find(loaded, model_id)
         if adapter is None:
-            can_answer = any(group.alive or group.is_at_zero for group in self._groups.values())
+            can_answer = any(group.alive or group.zero.is_now for group in self._groups.values())
             status = READY if can_answer else "no group is alive"
             return base_card(model_id, loaded.base_fingerprint, loaded.loaded_at, longest, status)
         status = self._groups[loaded.groups[adapter.home]].adapter_state(adapter, loaded.revision)
@@ -128,8 +128,10 @@ class Router:
             number = loaded.revision
             states = {home: self._groups[own].home_state(home, number) for home, own in loaded.groups.items()}
             failed = {adapter: why for group in groups for adapter, why in group.failed_adapters(number).items()}
-            serving = [state == READY or self._groups[loaded.groups[home]].is_at_zero for home, state in states.items()]
-        serving = serving or [group.alive or group.is_at_zero for group in groups]
+            serving = [
+                state == READY or self._groups[loaded.groups[home]].zero.is_now for home, state in states.items()
+            ]
+        serving = serving or [group.alive or group.zero.is_now for group in groups]
         ready = loaded is not None and (all(serving) and not failed if strict else any(serving))
         body = {
             "ready": ready,
@@ -158,7 +160,7 @@ class Router:
             group = self._groups[loaded.groups[adapter.home]]
         else:
             group = min(
-                self._groups.values(), key=lambda group: (not group.alive, not group.is_at_zero, group.num_inflight)
+                self._groups.values(), key=lambda group: (not group.alive, not group.zero.is_now, group.num_inflight)
             )
         group.check(adapter, loaded.revision)
         return group
@@ -170,7 +172,7 @@ class Router:
             await group.refresh(RouterState(self._id, serving, self._map.wanted))
             waiting = [asyncio.ensure_future(news) for news in (self._map.changed(), group.is_suspect.wait())]
             # One that is not there is waited for: asking costs nothing then, and its first request may be on its way.
-            interval_s = POLL_INTERVAL_S if group.alive or group.is_asleep else POLL_INTERVAL_S / 5
+            interval_s = POLL_INTERVAL_S if group.alive or group.zero.is_asleep else POLL_INTERVAL_S / 5
             await asyncio.wait(waiting, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED)
             for one in waiting:
                 one.cancel()
@@ -183,7 +185,7 @@ class Router:
         while True:
             groups = self._groups.values()
             replicas = [own for group in groups for own in group.replicas]
-            await self._map.consider(replicas, all(group.is_at_zero for group in groups))
+            await self._map.consider(replicas, all(group.zero.is_now for group in groups))
             await asyncio.sleep(POLL_INTERVAL_S / 4)
 
 
@@ -208,7 +210,7 @@ def _group_state(group: GroupClient) -> dict[str, Any]:
         "num_running": group.num_running,
         "num_waiting": group.num_waiting,
         "num_inflight": group.num_inflight,
-        "cold_start_s": group.cold_start_s,
+        "cold_start_s": group.zero.cold_start_s,
         "replicas": {
             own.replica: {"alive": own.health.alive, "revisions": sorted(own.held), "refused": own.refused}
             for own in group.replicas
