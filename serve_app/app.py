@@ -18,7 +18,7 @@ import ray
 import torch
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from cluster.adapters.base import read_base
@@ -27,6 +27,7 @@ from cluster.bundle.reading import Bundle
 from cluster.errors import ConfigError
 from cluster.store.address import open_store
 from serve_app.arguments import Arguments, VllmArguments, parse_arguments
+from serve_app.autoscaling import by_sequences
 from serve_app.engine.vllm.plugin.compatibility import NOT_INSTALLED, vllm_version
 from serve_app.http.routes import BodyLimits, make_api
 from serve_app.placement import Group, check_fit, count_needs, home_sizes, plan_groups
@@ -84,6 +85,7 @@ def build(args: dict[str, Any]) -> Application:
         refresh_interval_s=arguments.refresh_interval_s,
         follows=arguments.revision is None,
         adapter_chat_templates=arguments.adapter_chat_templates,
+        at_zero=arguments.autoscaling.at_zero if arguments.can_be_at_zero else None,
     )
     origins = arguments.http.allowed_origins
     bodies = BodyLimits(limits.max_body, arguments.http.receive_timeout_s)
@@ -107,11 +109,11 @@ def name_plan(specs: Sequence[ReplicaSpec]) -> str:
 
 def plan(arguments: Arguments, manifest: Manifest, base: str, device: str, dtype: str) -> tuple[Group, ...]:
     """The groups; their fit is checked as far as this machine can know the base and the device's memory."""
-    placement, limits = arguments.placement, arguments.limits
+    placement, limits, replicas = arguments.placement, arguments.limits, arguments.replicas_planned
     devices: int | None = placement.devices if placement.devices != "auto" else None
     if devices is None and placement.clusters_per_group == "auto":
-        devices = max(count_devices(device), placement.replicas)
-    groups = plan_groups(home_sizes(manifest, dtype), placement.clusters_per_group, devices, placement.replicas)
+        devices = max(count_devices(device), replicas)
+    groups = plan_groups(home_sizes(manifest, dtype), placement.clusters_per_group, devices, replicas)
     if is_hub_id(base):
         return groups  # only the replica sees its files
     model = read_base(base)
@@ -120,7 +122,9 @@ def plan(arguments: Arguments, manifest: Manifest, base: str, device: str, dtype
     if memory is not None:
         config: Mapping[str, Any] = json.loads(open_store(base).read("config.json").data)
         needs = count_needs(config, model.size_bytes, dtype, limits.max_batch, limits.max_model_len)
-        num_replicas = sum(group.replicas for group in groups)
+        num_replicas = len(groups) * (arguments.autoscaling.max or placement.replicas)
+        if arguments.autoscaling.share_devices and devices is not None:
+            num_replicas = min(num_replicas, devices)
         check_fit(groups, needs, memory, -(-num_replicas // max(1, count_devices("cpu"))) if device == "cpu" else 1)
     return groups
 
@@ -159,7 +163,7 @@ def replica_deployment(arguments: Arguments, spec: ReplicaSpec, replicas: int) -
     return serve.deployment(
         GroupReplica,
         name=spec.name,
-        num_replicas=replicas,
+        **scaling(arguments, replicas),
         ray_actor_options={
             "num_cpus": arguments.placement.num_cpus,
             "num_gpus": 1 if spec.device == "cuda" else 0,
@@ -177,6 +181,22 @@ def replica_deployment(arguments: Arguments, spec: ReplicaSpec, replicas: int) -
         # The router asks for the status every second.
         logging_config=LoggingConfig(enable_access_log=False),
     )
+
+
+def scaling(arguments: Arguments, replicas: int) -> dict[str, Any]:
+    """How many replicas a group has, as a deployment's options."""
+    own = arguments.autoscaling
+    if own.max is None:
+        return {"num_replicas": replicas}
+    config = AutoscalingConfig(
+        min_replicas=own.min,
+        max_replicas=own.max,
+        target_ongoing_requests=own.target_ongoing,
+        upscale_delay_s=own.upscale_delay_s,
+        downscale_delay_s=own.downscale_delay_s,
+        policy=AutoscalingPolicy(policy_function=by_sequences),
+    )
+    return {"autoscaling_config": config}
 
 
 def choose_engine(engine: str) -> str:

@@ -57,8 +57,7 @@ def positive(value: Any) -> float:
     return number
 
 
-def share(value: Any) -> float:
-    """More than 1 is allowed."""
+def from_0(value: Any) -> float:
     try:
         return 0.0 if value in (0, "0") else positive(value)
     except ValueError:
@@ -67,7 +66,7 @@ def share(value: Any) -> float:
 
 def part(value: Any) -> float:
     try:
-        number = share(value)
+        number = from_0(value)
     except ValueError:
         number = math.inf
     if number > 1:
@@ -83,6 +82,16 @@ def percent(value: Any) -> int:
     if number > 100:
         raise ValueError("a whole number from 0 to 100")
     return number
+
+
+def at_least(least: float, parse: Parser) -> Parser:
+    def parse_bounded(value: Any) -> Any:
+        number = parse(value)
+        if number < least:
+            raise ValueError(f"a number of at least {least:g}")
+        return number
+
+    return parse_bounded
 
 
 def origins(value: Any) -> tuple[str, ...]:

@@ -8,20 +8,21 @@ that is not what the key expects, is a ConfigError that names it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from cluster.errors import ConfigError
 from serve_app.argument_values import (
     Parser,
+    at_least,
     at_most,
     auto_or,
+    from_0,
     one_of,
     origins,
     part,
     percent,
     positive,
-    share,
     size,
     text,
     whole,
@@ -31,7 +32,11 @@ from serve_app.argument_values import (
 ENGINES = ("auto", "transformers", "vllm")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+AT_ZERO = ("wait", "refuse")
 STRUCTURED_OUTPUTS = ("auto", "xgrammar", "guidance", "outlines", "lm-format-enforcer")
+
+# What a replica says of its load is up to so old.
+LEAST_DOWNSCALE_DELAY_S = 20.0
 
 # What Serve sends from a router to a replica is one message, of 4 MiB at most.
 MOST_BODY_BYTES = 3 << 20
@@ -55,8 +60,24 @@ class PlacementArguments:
     replicas: Annotated[int, whole(1)] = 1
     num_cpus: Annotated[float, positive] = 1.0
     device_memory: Annotated[int | Auto, auto_or(size)] = "auto"
-    headroom: Annotated[float, share] = 0.25
+    headroom: Annotated[float, from_0] = 0.25
     max_surge_percent: Annotated[int, percent] = 100
+
+
+@dataclass(frozen=True)
+class AutoscalingArguments:
+    """Of each group: where ``max`` is given it has ``min`` to ``max`` replicas, as many as give each ``target_ongoing``
+    sequences, and another number only when the load has asked for that for a delay. ``at_zero``: whether a request that
+    finds no replica waits for the one it wakes, or is answered 503. ``share_devices``: the groups' ``max`` together may
+    be more than there are devices, for the Serve config has the policy that shares them out."""
+
+    max: Annotated[int | None, whole(1)] = None
+    min: Annotated[int, whole(0)] = 1
+    target_ongoing: Annotated[float, positive] = 16.0
+    upscale_delay_s: Annotated[float, from_0] = 10.0
+    downscale_delay_s: Annotated[float, at_least(LEAST_DOWNSCALE_DELAY_S, positive)] = 600.0
+    at_zero: Annotated[str, one_of(*AT_ZERO)] = "wait"
+    share_devices: Annotated[bool, yes_or_no] = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +144,7 @@ class Arguments:
     refresh_interval_s: Annotated[float, positive] = 5.0
     routers: Annotated[int, whole(1)] = 1
     placement: PlacementArguments = field(default_factory=PlacementArguments)
+    autoscaling: AutoscalingArguments = field(default_factory=AutoscalingArguments)
     start: StartArguments = field(default_factory=StartArguments)
     limits: LimitArguments = field(default_factory=LimitArguments)
     http: HttpArguments = field(default_factory=HttpArguments)
@@ -133,9 +155,21 @@ class Arguments:
         """Sequences of one group."""
         return self.limits.max_inflight // self.routers
 
+    @property
+    def can_be_at_zero(self) -> bool:
+        return self.autoscaling.max is not None and self.autoscaling.min == 0
+
+    @property
+    def replicas_planned(self) -> int:
+        """Of each group: for so many there must be a device."""
+        if self.autoscaling.max is None:
+            return self.placement.replicas
+        return self.autoscaling.min if self.autoscaling.share_devices else self.autoscaling.max
+
 
 NESTED = {
     "placement": PlacementArguments,
+    "autoscaling": AutoscalingArguments,
     "start": StartArguments,
     "limits": LimitArguments,
     "http": HttpArguments,
@@ -148,10 +182,12 @@ def parse_arguments(document: Mapping[str, Any]) -> Arguments:
     left = _flatten(document)
     placement = _take(PlacementArguments, "placement.", left)
     start = _take(StartArguments, "start.", left)
+    autoscaling = _take(AutoscalingArguments, "autoscaling.", left)
     limits = _take(LimitArguments, "limits.", left)
     http = _take(HttpArguments, "http.", left)
     vllm = _take(VllmArguments, "vllm.", left)
-    arguments = _take(Arguments, "", left, placement=placement, start=start, limits=limits, http=http, vllm=vllm)
+    nested = {"placement": placement, "autoscaling": autoscaling, "start": start, "limits": limits, "http": http}
+    arguments = _take(Arguments, "", left, **nested, vllm=vllm)
     if left:
         raise ConfigError(f"unknown argument {sorted(left)[0]!r}; known are {', '.join(known_keys())}")
     if limits.max_prompts > arguments.inflight_of_a_router:
@@ -162,7 +198,28 @@ def parse_arguments(document: Mapping[str, Any]) -> Arguments:
         )
     if vllm.enable_auto_tool_choice and vllm.tool_call_parser is None:
         raise ConfigError("argument vllm.enable_auto_tool_choice is true, which needs vllm.tool_call_parser")
+    _check_autoscaling(arguments)
     return arguments
+
+
+def _check_autoscaling(arguments: Arguments) -> None:
+    """Raises ConfigError for what contradicts itself."""
+    scaling = arguments.autoscaling
+    if scaling.max is None:
+        if given := [field.name for field in fields(scaling) if getattr(scaling, field.name) != field.default]:
+            raise ConfigError(f"argument autoscaling.{given[0]} needs autoscaling.max, which turns autoscaling on")
+        return
+    if scaling.min > scaling.max:
+        raise ConfigError(f"autoscaling.min is {scaling.min}, more than autoscaling.max {scaling.max}")
+    if (replicas := arguments.placement.replicas) != PlacementArguments.replicas:
+        raise ConfigError(
+            f"placement.replicas is {replicas}, a fixed number, beside autoscaling.max {scaling.max}; give one of them"
+        )
+    if scaling.at_zero != AutoscalingArguments.at_zero and scaling.min > 0:
+        raise ConfigError(
+            f"autoscaling.at_zero is {scaling.at_zero}, and no group goes to zero with autoscaling.min {scaling.min}; "
+            "leave it out, or give autoscaling.min=0"
+        )
 
 
 def known_keys() -> list[str]:

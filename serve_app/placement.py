@@ -24,7 +24,7 @@ USABLE_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Group:
-    """``resident_bytes`` is what the homes take on a device, besides the base."""
+    """``replicas`` of it were planned for. ``resident_bytes`` is what the homes take on a device, besides the base."""
 
     name: str
     homes: tuple[str, ...]
@@ -67,13 +67,13 @@ def plan_groups(
     Clusters: ``clusters_per_group`` each, or, for ``auto``, one a group while ``devices`` hold
     ``replicas`` of every group, else packed evenly. Factors homes follow, by bytes, so that groups end equally full,
     as far as whole homes allow. A bundle without clusters, or without anything, still gets a group. ``devices`` None:
-    not known, no bound.
+    not known, no bound. ``replicas`` 0: groups go to zero and share the devices, and there may be more of them.
     Raises PlacementError when the groups need more devices than there are.
     """
     clusters = [home for home in sizes if home.startswith("cluster:")]
     factors = [home for home in sizes if not home.startswith("cluster:")]
     if clusters_per_group == "auto":
-        num_groups = min(len(clusters), (devices or 1) // replicas)
+        num_groups = min(len(clusters), (devices or 1) // max(replicas, 1))
     else:
         num_groups = -(-len(clusters) // int(clusters_per_group))
     num_groups = max(num_groups, 1)
@@ -81,7 +81,7 @@ def plan_groups(
         raise PlacementError(
             f"{len(clusters)} clusters at clusters_per_group={clusters_per_group} are {num_groups} groups of "
             f"{replicas} replicas, {num_groups * replicas} devices in all; there are {devices}: raise "
-            "placement.clusters_per_group, lower placement.replicas or add devices"
+            "placement.clusters_per_group, lower placement.replicas (autoscaling.max) or add devices"
         )
     members: list[list[str]] = [[] for _ in range(num_groups)]
     filled = [0] * num_groups

@@ -128,7 +128,7 @@ async def answer_error(_: Request, error: Exception) -> Response:
     answer = as_api_error(error)
     if answer.status == 500:
         logger.error("request failed", exc_info=error)
-    return _answer(answer, retry_headers(answer.status))
+    return _answer(answer, retry_headers(answer.status, answer.retry_after_s))
 
 
 async def answer_http_error(request: Request, error: HTTPException) -> Response:

@@ -13,10 +13,18 @@ class ApiError(ServeError):
     """An answer other than 200, in OpenAI's shape."""
 
     def __init__(
-        self, status: int, message: str, *, kind: str, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int = RETRY_AFTER_S,
     ) -> None:
         super().__init__(status, message)
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return f"{self.status}: {self.message}"
@@ -26,8 +34,8 @@ class ApiError(ServeError):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
-def retry_headers(status: int) -> dict[str, str]:
-    return {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+def retry_headers(status: int, after_s: int = RETRY_AFTER_S) -> dict[str, str]:
+    return {"Retry-After": str(after_s)} if status in (429, 503) else {}
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -44,8 +52,10 @@ def too_slow(timeout_s: float) -> ApiError:
     return ApiError(408, message, kind="timeout_error", code="body_too_slow")
 
 
-def unavailable(message: str) -> ApiError:
-    return ApiError(503, message, kind="service_unavailable_error", code="service_unavailable")
+def unavailable(message: str, retry_after_s: int = RETRY_AFTER_S) -> ApiError:
+    return ApiError(
+        503, message, kind="service_unavailable_error", code="service_unavailable", retry_after_s=retry_after_s
+    )
 
 
 def overloaded(message: str) -> ApiError:

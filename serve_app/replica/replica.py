@@ -22,6 +22,7 @@ from ray import serve
 from cluster.bundle.reading import Bundle, pinned_bundle, standing_revision
 from cluster.errors import BundleError, CtsError, EngineStopped, StoreError, StoreMissing
 from serve_app.arguments import VllmArguments
+from serve_app.autoscaling import SEQUENCES
 from serve_app.deployed import has_running_replica
 from serve_app.engine.protocol import Engine, EngineHealth
 from serve_app.engine.revisions import READY, Revision
@@ -32,6 +33,7 @@ from serve_app.replica.answering import Answers, EngineAnswers
 from serve_app.replica.base_files import resolve_base
 from serve_app.replica.carrier import Carriers
 from serve_app.replica.keeper import Keeper
+from serve_app.replica.load import LoadMeter
 from serve_app.routing.following import ReplicaStatus, RouterState
 from serve_app.routing.own_replicas import PLAN, STAY_S
 from serve_app.supervision import Supervised
@@ -83,6 +85,7 @@ class GroupReplica:
         self._stuck_s = 0.0
         self._name = serve.get_replica_context().replica_id.unique_id
         self._carriers = Carriers(self._name)
+        self._load = LoadMeter()
         engine: Engine | None = None
         try:
             starting = make_engine(spec)
@@ -130,19 +133,21 @@ class GroupReplica:
     async def answer(self, call: Call) -> Reply:
         """Whole. An error is a reply too, never raised: Ray would wrap it in a traceback of its own, log it as a
         failure of ours, and take long over it."""
-        reply = await self._refusal(call) or await self._answers.answer(call)
+        with self._load.counting(call.num_sequences):
+            reply = await self._refusal(call) or await self._answers.answer(call)
         if len(reply.body) > _MOST_ANSWER_BYTES:
             return error_reply(invalid("the answer is larger than 3 MiB: ask for less, or for a stream"))
         return reply
 
     async def stream(self, call: Call) -> AsyncIterator[Carried | Reply | bytes]:
         """Server-sent events; a Reply instead of them where the request is refused."""
-        if refusal := await self._refusal(call):
-            yield refusal
-            return
-        async with aclosing(self._carriers.send(call, self._answers.stream(call))) as pieces:
-            async for piece in pieces:
-                yield piece
+        with self._load.counting(call.num_sequences):
+            if refusal := await self._refusal(call):
+                yield refusal
+                return
+            async with aclosing(self._carriers.send(call, self._answers.stream(call))) as pieces:
+                async for piece in pieces:
+                    yield piece
 
     async def carry(self, router: str) -> AsyncIterator[Message]:
         """What streams of this router say after their first piece, for as long as it is in use."""
@@ -167,6 +172,10 @@ class GroupReplica:
         """Called by routers that still need this one when Serve has told it to go: it waits for its calls to end."""
         if plan == self._spec.plan:
             await asyncio.sleep(STAY_S)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve every few seconds, where groups scale."""
+        return {SEQUENCES: self._load.take()}
 
     async def _feel_pulse(self) -> None:
         """For ever: whether the engine's loop comes round. A process that hangs says nothing by itself."""

@@ -44,14 +44,16 @@ class ReplicaStatus:
         return set(self.health.revisions)
 
 
-def choose_revision(wanted: int, serving: int | None, replicas: Sequence[ReplicaStatus]) -> int:
+def choose_revision(
+    wanted: int, serving: int | None, replicas: Sequence[ReplicaStatus], all_at_zero: bool = False
+) -> int:
     """Semantics: ``wanted`` where all that live hold it and none refuses it; else ``serving`` while none of them
     refuses it; else the highest that all hold. A router that has just started serves nothing; where no replica is there
-    either, ``wanted``.
+    either, ``wanted``; and so it is where all groups are at zero, for nobody is there to wait for.
     """
     living = [replica for replica in replicas if replica.health.alive]
     if not living:
-        return wanted if serving is None else serving
+        return wanted if serving is None or all_at_zero else serving
     if all(wanted in replica.held and wanted not in replica.refused for replica in living):
         return wanted
     if serving is not None and not any(serving in replica.refused for replica in living):

@@ -2,7 +2,7 @@
 
 Serve queues a call to a deployment without a running replica until there is one, which may be never. So the
 router asks each group for its state all the time, answers for a silent one by itself, and gives up waiting
-as soon as a group is known to be gone.
+as soon as a group is known to be gone. One that may go to zero is not gone when it is there: ``Zero`` wakes it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from serve_app.routing.following import ReplicaStatus, RouterState
 from serve_app.routing.interruption import Interruption
 from serve_app.routing.own_replicas import STAY_S
 from serve_app.routing.retries import RetryBudget
+from serve_app.routing.zero import Zero
 
 # A busy replica on few cores may be slow to say how it is; its chunks count as signs of life too.
 SILENCE_S, PATIENCE_S = 10.0, 5.0
@@ -42,9 +43,13 @@ class ReplicaLost(HomeUnavailable):
 
 class GroupClient:
     """``num_inflight`` sequences of this router run or wait in the group; never more than ``max_inflight``.
-    ``replicas``: what each said last."""
+    ``replicas``: what each said last.
+    ``at_zero``: what a request does that finds no replica, see ``Zero``; None: the group never goes to zero.
+    """
 
-    def __init__(self, name: str, handle: DeploymentHandle[Any], max_inflight: int, router: str) -> None:
+    def __init__(
+        self, name: str, handle: DeploymentHandle[Any], max_inflight: int, router: str, at_zero: str | None = None
+    ) -> None:
         self.name, self.max_inflight = name, max_inflight
         self._stayed_at = -STAY_S
         self._staying: set[asyncio.Task[Any]] = set()
@@ -55,14 +60,22 @@ class GroupClient:
         self._stream = handle.options(stream=True)
         self._reason = "starting"
         self._seen_at = time.monotonic()
+        self._state = RouterState(router, "", None, None)
         self._calls: set[Interruption] = set()
         self._carried: dict[str, set[Interruption]] = {}  # by the replica whose carrier they are on
         self._retries = RetryBudget()
-        self.carrying = Carrying(name, lambda: self._stream.carry.remote(router), self._saw, self._lose_carrier)
+        self._router = router
+        self.carrying = Carrying(name, self._open_carrier, self._saw, self._lose_carrier)
+        self.zero = Zero(name, at_zero, lambda: handle.status.remote(self._state))
 
     @property
     def alive(self) -> bool:
         return any(replica.health.alive for replica in self.replicas)
+
+    @property
+    def can_answer(self) -> bool:
+        """A request wakes it where it is at zero."""
+        return self.alive or self.zero.is_now
 
     @property
     def num_running(self) -> int:
@@ -92,6 +105,8 @@ class GroupClient:
 
     def check(self, served: ServedAdapter | None, revision: int) -> None:
         """Raises HomeUnavailable when the adapter (None: the base) cannot be asked."""
+        if self.zero.is_now:
+            return  # it is woken
         if not self.alive:
             raise HomeUnavailable(f"{self.name}: {self._reason}")
         if served is not None and (state := self.adapter_state(served, revision)) != READY:
@@ -107,6 +122,7 @@ class GroupClient:
         """Ask every replica how it is, and tell it how this router is. By broadcast, which neither waits for a replica
         nor wakes one where there is none."""
         self.is_suspect.clear()
+        self._state = state
         try:
             said = await self._statuses(state)
             self.replicas = [own for own in said if own.plan == state.plan]
@@ -116,10 +132,17 @@ class GroupClient:
             if time.monotonic() - self._seen_at >= SILENCE_S:
                 self._lose("no answer; it is starting, or being replaced")
         except Exception as error:  # whatever it is: a group that cannot be asked cannot be used
-            if not isinstance(error, DeploymentUnavailableError):
-                logger.warning("%s: %s", self.name, error)
-            self._lose("no replica is running; one is starting, or being replaced")
+            is_away = isinstance(error, DeploymentUnavailableError)
+            if is_away and self.zero.is_possible:
+                # Nothing that waits is given up: what was sent just before waits for a replica as well.
+                self.replicas, self._reason = [], self.zero.be()
+                self._saw()  # the silence of one that comes begins here
+            else:
+                if not is_away:
+                    logger.warning("%s: %s", self.name, error)
+                self._lose("no replica is running; one is starting, or being replaced")
         else:
+            self.zero.leave(self.alive)
             if self.alive:
                 self._saw()
             elif self.replicas:
@@ -139,9 +162,21 @@ class GroupClient:
         task = asyncio.ensure_future(response.results_async(timeout_s=2 * STAY_S, return_exceptions=True))
         self._staying.add(task)
         task.add_done_callback(self._staying.discard)
-        task.add_done_callback(
-            lambda ended: ended.cancelled() or ended.exception()
-        )  # whatever it is, it is asked again
+        # Whatever it ended by, it is asked again.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+    async def _wake(self, deadline: float) -> None:
+        """A replica is there when this returns. Raises ApiError (503) where requests do not wait for that, and
+        HomeUnavailable when the one that came cannot serve, or none came until ``deadline``."""
+        if not self.zero.is_now:
+            return
+        self.is_suspect.set()
+        self.zero.want(deadline)
+        try:
+            with Interruption(deadline) as interruption, self._ended_by(interruption):
+                await interruption.wait(self.zero.end())
+        except TimeoutError:
+            raise HomeUnavailable(f"{self.name} was at zero, and no replica came in time: is there room?") from None
 
     async def _statuses(self, state: RouterState) -> list[ReplicaStatus]:
         """Of those that answer. Raises TimeoutError where none does."""
@@ -162,6 +197,7 @@ class GroupClient:
         """The whole answer, in one message. Raises ApiError (429) beyond ``max_inflight``, HomeUnavailable when the
         group is lost, and TimeoutError at ``deadline`` (the event loop's time)."""
         with self._admitted(call.num_sequences):
+            await self._wake(deadline)
             for is_last in (False, True):
                 response = self._handle.answer.remote(call)
                 try:
@@ -177,6 +213,7 @@ class GroupClient:
     async def stream(self, call: Call, deadline: float) -> AsyncGenerator[Reply | bytes, None]:
         """What the replica says, message by message. Closing it stops the replica. Raises as ``answer`` does."""
         with self._admitted(call.num_sequences):
+            await self._wake(deadline)
             # What a client has begun to read is not begun again.
             may_retry = True
             while True:
@@ -251,12 +288,8 @@ class GroupClient:
         """How to wait for a part of ``response``, which is cancelled at the end. Raises HomeUnavailable as soon as the
         group is known to be gone."""
         try:
-            with Interruption(deadline) as interruption:
-                self._calls.add(interruption)
-                try:
-                    yield interruption
-                finally:
-                    self._calls.discard(interruption)
+            with Interruption(deadline) as interruption, self._ended_by(interruption):
+                yield interruption
         except RayTaskError:
             raise
         except (RayError, RayServeException) as error:
@@ -265,6 +298,20 @@ class GroupClient:
         finally:
             # Serve cancels a child only when the whole HTTP request is.
             response.cancel()
+
+    @contextmanager
+    def _ended_by(self, call: Interruption) -> Iterator[None]:
+        """It is ended when the group is lost."""
+        self._calls.add(call)
+        try:
+            yield
+        finally:
+            self._calls.discard(call)
+
+    def _open_carrier(self) -> Any:
+        if not self.alive:
+            raise ReplicaLost(f"{self.name}: no replica is there")  # the call would wait for one, or wake one
+        return self._stream.carry.remote(self._router)
 
     def _lose_replica(self) -> ReplicaLost:
         """A call to one failed; the next look, which is made at once, tells whether any is left. What to raise."""

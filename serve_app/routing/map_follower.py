@@ -117,12 +117,12 @@ class MapFollower:
         async with self._changes:
             self._changes.notify_all()
 
-    async def consider(self, replicas: Sequence[ReplicaStatus]) -> None:
+    async def consider(self, replicas: Sequence[ReplicaStatus], all_at_zero: bool = False) -> None:
         """Serve what the replicas are ready for. ``replicas``: all that are known, of all groups."""
         if self.wanted is None:
             return
         serving = self.served.revision if self.served else None
-        chosen = choose_revision(self.wanted, serving, replicas)
+        chosen = choose_revision(self.wanted, serving, replicas, all_at_zero)
         if chosen != self.wanted:
             self._say(why_not(self.wanted, replicas))
         if chosen == serving:

@@ -51,7 +51,7 @@ _ID_PREFIXES: dict[Endpoint, str] = {
 class RouterSpec:
     """``plan`` names all that was deployed together; ``homes`` is group -> the homes it holds. A fresh start ends when
     ``ready_share`` of these serve, or fails after ``start_timeout_s``. ``refresh_interval_s``: how often aliases and
-    CURRENT are looked at. ``follows`` false: the revision is pinned."""
+    CURRENT are looked at. ``follows`` false: the revision is pinned. ``at_zero``: see ``GroupClient``."""
 
     plan: str
     bundle: str
@@ -67,6 +67,7 @@ class RouterSpec:
     refresh_interval_s: float
     follows: bool
     adapter_chat_templates: bool = True
+    at_zero: str | None = None
 
 
 class Router:
@@ -74,7 +75,9 @@ class Router:
         self, spec: RouterSpec, handles: Mapping[str, DeploymentHandle[Any]]
     ) -> None:
         self._spec, self._id = spec, uuid4().hex
-        self._groups = {name: GroupClient(name, handles[name], spec.max_inflight, self._id) for name in spec.homes}
+        self._groups = {
+            name: GroupClient(name, handles[name], spec.max_inflight, self._id, spec.at_zero) for name in spec.homes
+        }
         self._map = MapFollower(
             spec.bundle,
             spec.revision,
@@ -96,17 +99,22 @@ class Router:
 
     def _start(self) -> Start:
         num_serving, states = self._serving()
-        has_settled = self._map.served is not None and all(group.replicas for group in self._groups.values())
+        has_settled = self._map.served is not None and all(
+            group.replicas or group.zero.is_now for group in self._groups.values()
+        )
         return Start(num_serving, states, has_settled, self._map.unread or self._map.state)
 
     def _serving(self) -> tuple[int, dict[str, str]]:
-        """How many homes serve, and the state of each; a bundle without any serves the base alone."""
+        """How many homes serve, or are at zero, where a request wakes them; and the state of each. A bundle without any
+        serves the base alone."""
         loaded = self._map.served
         if loaded is None:
             return 0, {}
         states = {home: self._groups[own].home_state(home, loaded.revision) for home, own in loaded.groups.items()}
-        num_alive = sum(group.alive for group in self._groups.values())
-        return sum(state == READY for state in states.values()) if states else num_alive, states
+        if not states:
+            return sum(group.can_answer for group in self._groups.values()), states
+        at_zero = {home for home, own in loaded.groups.items() if self._groups[own].zero.is_now}
+        return sum(state == READY or home in at_zero for home, state in states.items()), states
 
     async def answer(self, endpoint: Endpoint, body: bytes, sticky_key: bytes = b"") -> Response:
         """A completion or a chat, whole or as a stream: made by a replica, passed on here. ``sticky_key``: by which an
@@ -152,14 +160,14 @@ class Router:
             return alias_card(model_id, targets, loaded.loaded_at, longest, self._alias_status(targets, loaded))
         adapter = loaded.find(model_id, b"")
         if adapter is None:
-            alive = any(group.alive for group in self._groups.values())
-            status = READY if alive else "no group is alive"
+            can_answer = any(group.can_answer for group in self._groups.values())
+            status = READY if can_answer else "no group is alive"
             return base_card(model_id, loaded.base_fingerprint, loaded.loaded_at, longest, status)
         return adapter_card(adapter, loaded.loaded_at, longest, self._adapter_status(adapter.adapter_id, loaded))
 
     def readiness(self, strict: bool) -> tuple[bool, dict[str, Any]]:
-        """Ready when a map is loaded and a home (or, in a bundle without any, the base) serves; ``strict``: when
-        every one does, with all its adapters. And the states it stands on."""
+        """Ready when a map is loaded and a home (or, in a bundle without any, the base) serves, or is at zero, where a
+        request wakes it; ``strict``: when every one does, with all its adapters. And the states it stands on."""
         loaded, groups = self._map.served, self._groups.values()
         num_serving, states = self._serving()
         failed: dict[str, str] = {}
@@ -195,7 +203,9 @@ class Router:
         if adapter is not None:
             group = self._groups[loaded.groups[adapter.home]]
         else:
-            group = min(self._groups.values(), key=lambda group: (not group.alive, group.num_inflight))
+            group = min(
+                self._groups.values(), key=lambda group: (not group.alive, not group.zero.is_now, group.num_inflight)
+            )
         group.check(adapter, loaded.revision)
         return group
 
@@ -216,7 +226,7 @@ class Router:
             await group.refresh(RouterState(self._id, self._spec.plan, serving, self._map.wanted))
             waiting = [asyncio.ensure_future(news) for news in (self._map.changed(), group.is_suspect.wait())]
             # One that is not there is waited for: asking costs nothing then, and its first request may be on its way.
-            interval_s = POLL_INTERVAL_S if group.alive else POLL_INTERVAL_S / 5
+            interval_s = POLL_INTERVAL_S if group.alive or group.zero.is_asleep else POLL_INTERVAL_S / 5
             await asyncio.wait(waiting, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED)
             for one in waiting:
                 one.cancel()
@@ -227,7 +237,9 @@ class Router:
             asked = (group.has_been_asked.wait() for group in self._groups.values())
             await asyncio.wait_for(asyncio.gather(*asked), FIRST_LOOK_S)
         while True:
-            await self._map.consider([own for group in self._groups.values() for own in group.replicas])
+            groups = self._groups.values()
+            replicas = [own for group in groups for own in group.replicas]
+            await self._map.consider(replicas, all(group.zero.is_now for group in groups))
             await asyncio.sleep(POLL_INTERVAL_S / 4)
 
 
@@ -243,6 +255,7 @@ def _group_state(group: GroupClient) -> dict[str, Any]:
         "num_running": group.num_running,
         "num_waiting": group.num_waiting,
         "num_inflight": group.num_inflight,
+        "cold_start_s": group.zero.cold_start_s,
         "replicas": {
             own.replica: {"alive": own.health.alive, "revisions": sorted(own.held), "refused": own.refused}
             for own in group.replicas

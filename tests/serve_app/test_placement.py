@@ -56,6 +56,12 @@ def test_auto_is_a_cluster_a_group_while_devices_last_else_packed_evenly(
     assert sorted((len(group.homes) for group in groups), reverse=True) == counts
 
 
+def test_groups_that_go_to_zero_may_be_more_than_the_devices_that_they_share() -> None:
+    sizes = {f"cluster:{i}": 10 for i in range(5)}
+    assert len(plan_groups(sizes, 1, 2, 0)) == 5
+    assert len(plan_groups(sizes, "auto", 2, 0)) == 2
+
+
 def test_factors_level_the_groups_by_bytes() -> None:
     sizes = {"cluster:0": 100, "cluster:1": 40} | {f"factors:4.{i}": 10 for i in range(10)}
     groups = plan_groups(sizes, 1, None, 1)

@@ -53,6 +53,11 @@ def test_the_next_revision_is_served_once_all_have_it_and_never_one_that_is_refu
     assert choose_revision(wanted, serving, replicas) == chosen
 
 
+def test_where_all_groups_are_at_zero_the_next_revision_waits_for_nobody() -> None:
+    assert choose_revision(5, 4, [], all_at_zero=True) == 5
+    assert choose_revision(5, 4, [replica(4, refused=(5,))], all_at_zero=False) == 4
+
+
 numbers = st.integers(0, 4)
 replicas = st.builds(
     lambda held, refused, alive: replica(*held, refused=tuple(refused - held), alive=alive),

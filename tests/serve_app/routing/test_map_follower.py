@@ -44,7 +44,7 @@ def published(tmp_path: Path, base_path: Path, zoo_path: Path) -> Published:
 
 
 def replica(*held: int) -> ReplicaStatus:
-    return ReplicaStatus("it", EngineHealth(True, {number: RevisionHealth() for number in held}))
+    return ReplicaStatus("it", "plan", EngineHealth(True, {number: RevisionHealth() for number in held}))
 
 
 @contextlib.asynccontextmanager
