@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.errors import EngineStopped, HomeUnavailable, RequestError, ServeError, UnknownAdapter
 
+# Of a 503: another replica, or this one's successor, may be there by then.
 RETRY_AFTER_S = 1
 
 
@@ -13,10 +14,18 @@ class ApiError(ServeError):
     """An answer other than 200, in OpenAI's shape."""
 
     def __init__(
-        self, status: int, message: str, *, kind: str, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(status, message)
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return f"{self.status}: {self.message}"
@@ -25,9 +34,9 @@ class ApiError(ServeError):
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
-
-def retry_headers(status: int) -> dict[str, str]:
-    return {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -39,17 +48,23 @@ def too_large(max_bytes: int) -> ApiError:
     return ApiError(413, message, kind="invalid_request_error", code="body_too_large")
 
 
+def encoded(encoding: str) -> ApiError:
+    message = f"The body's Content-Encoding is {encoding[:100]!r}; send it as it is, without one"
+    return ApiError(415, message, kind="invalid_request_error", code="unsupported_encoding")
+
+
 def too_slow(timeout_s: float) -> ApiError:
     message = f"The body was not there after {timeout_s:g} s (http.receive_timeout_s)"
     return ApiError(408, message, kind="timeout_error", code="body_too_slow")
 
 
 def unavailable(message: str) -> ApiError:
-    return ApiError(503, message, kind="service_unavailable_error", code="service_unavailable")
+    kind = "service_unavailable_error"
+    return ApiError(503, message, kind=kind, code="service_unavailable", retry_after_s=RETRY_AFTER_S)
 
 
-def overloaded(message: str) -> ApiError:
-    return ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded")
+def overloaded(message: str, retry_after_s: int) -> ApiError:
+    return ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after_s=retry_after_s)
 
 
 def timed_out(message: str) -> ApiError:
@@ -77,7 +92,5 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, str(error), kind="invalid_request_error", param="model", code="model_not_found")
         case HomeUnavailable() | EngineStopped():
             return unavailable(str(error))
-        case TimeoutError():
-            return timed_out("The request took longer than limits.request_timeout_s; ask for fewer tokens")
         case _:
             return internal_error()
