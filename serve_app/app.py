@@ -35,8 +35,11 @@ ROUTER_CPUS = 0.1
 # own limit must never show: it would hold requests back without a word, where the router says 429.
 SPARE_CALLS = 64
 SPARE_REQUESTS = 1024
-# Serve replaces a replica that failed three in a row: one that hangs within some 30 seconds.
-HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2, 8
+# Serve replaces a replica, and a router, that failed three in a row: one that hangs within some 30 seconds.
+HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2, 6
+# Serve's settings for throughput keep a thousand lines of a process's log in memory; errors alone go out at once. A
+# process that is killed would take along why.
+LOG_AT_ONCE = {"env_vars": {"RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1"}}
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -79,8 +82,10 @@ def build(args: dict[str, Any]) -> Application:
         serve.ingress(lambda: make_api(bodies, origins))(Router),
         name="router",
         num_replicas=arguments.routers,
-        ray_actor_options={"num_cpus": ROUTER_CPUS},
+        ray_actor_options={"num_cpus": ROUTER_CPUS, "runtime_env": LOG_AT_ONCE},
         max_ongoing_requests=len(groups) * arguments.inflight_of_a_router + SPARE_REQUESTS,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
     ).bind(router, handles)
 
 
@@ -141,6 +146,7 @@ def replica_deployment(arguments: Arguments, spec: ReplicaSpec, replicas: int) -
         ray_actor_options={
             "num_cpus": arguments.placement.num_cpus,
             "num_gpus": 1 if spec.device == "cuda" else 0,
+            "runtime_env": LOG_AT_ONCE,
         },
         max_ongoing_requests=arguments.limits.max_inflight + SPARE_CALLS,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,

@@ -33,6 +33,7 @@ from serve_app.replica.carrier import Carriers
 from serve_app.replica.keeper import Keeper
 from serve_app.routing.following import ReplicaStatus, RouterState
 from serve_app.supervision import Supervised
+from serve_app.watchdog import Watchdog
 
 # A sequence's last block is part empty; this is vLLM's largest on a CPU.
 _KV_BLOCK_TOKENS = 128
@@ -85,7 +86,8 @@ class GroupReplica:
             engine = starting
             self._answers = make_answers(spec, engine)
             self._keeper = Keeper(engine, partial(open_revision, spec))
-            self._background = Supervised({"revisions": self._keeper.run, "pulse": self._feel_pulse})
+            works = {"revisions": self._keeper.run, "pulse": self._feel_pulse, "watchdog": Watchdog().run}
+            self._background = Supervised(works)
             self._engine = engine
         except Exception as error:
             logger.exception("%s did not start", spec.name)
