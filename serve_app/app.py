@@ -43,8 +43,11 @@ SPARE_CALLS = 64
 SPARE_REQUESTS = 1024
 # Calls may be under way for so long after a replica was told to go, besides what a request may take.
 SPARE_S = 30.0
-# Serve replaces a replica that failed three in a row: one that hangs within some 30 seconds.
-HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2, 8
+# Serve replaces a replica, and a router, that failed three in a row: one that hangs within some 30 seconds.
+HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2, 6
+# Serve's settings for throughput keep a thousand lines of a process's log in memory; errors alone go out at once. A
+# process that is killed would take along why.
+LOG_AT_ONCE = {"env_vars": {"RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1"}}
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -93,10 +96,12 @@ def build(args: dict[str, Any]) -> Application:
         serve.ingress(lambda: make_api(bodies, origins))(Router),
         name="router",
         num_replicas=arguments.routers,
-        ray_actor_options={"num_cpus": ROUTER_CPUS},
         max_surge_percent=100,
         graceful_shutdown_timeout_s=limits.request_timeout_s + SPARE_S,
+        ray_actor_options={"num_cpus": ROUTER_CPUS, "runtime_env": LOG_AT_ONCE},
         max_ongoing_requests=len(groups) * arguments.inflight_of_a_router + SPARE_REQUESTS,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
     ).bind(router, handles)
 
 
@@ -167,6 +172,7 @@ def replica_deployment(arguments: Arguments, spec: ReplicaSpec, replicas: int) -
         ray_actor_options={
             "num_cpus": arguments.placement.num_cpus,
             "num_gpus": 1 if spec.device == "cuda" else 0,
+            "runtime_env": LOG_AT_ONCE,
         },
         max_ongoing_requests=arguments.limits.max_inflight + SPARE_CALLS,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,

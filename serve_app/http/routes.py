@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from cluster.errors import CtsError
 from serve_app.openai.call import Endpoint, error_reply
-from serve_app.openai.errors import ApiError, as_api_error, internal_error, retry_headers, too_large, too_slow
+from serve_app.openai.errors import ApiError, as_api_error, encoded, internal_error, too_large, too_slow
 from serve_app.routing.responses import as_json
 from serve_app.routing.router import Router
 
@@ -52,8 +52,7 @@ def make_api(limits: BodyLimits, allowed_origins: Sequence[str] = ()) -> FastAPI
             allow_headers=["*"],
             expose_headers=["X-Served-Revision", "X-Adapter", "X-Cluster", "X-Request-ID", "Retry-After"],
         )
-    for kind in (CtsError, TimeoutError):
-        api.exception_handler(kind)(answer_error)
+    api.exception_handler(CtsError)(answer_error)
     api.exception_handler(HTTPException)(answer_http_error)
     api.exception_handler(Exception)(answer_unexpected)
     return api
@@ -89,8 +88,11 @@ async def pass_on(endpoint: Endpoint, request: Request) -> Response:
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises ApiError for a body that is too large, as soon as that is known, or too slow."""
+    """Raises ApiError for a body that is too large, as soon as that is known, too slow, or zipped."""
     limits: BodyLimits = request.app.state.limits
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise encoded(encoding)
     announced = request.headers.get("content-length", "")
     received = bytearray()
     try:
@@ -128,7 +130,7 @@ async def answer_error(_: Request, error: Exception) -> Response:
     answer = as_api_error(error)
     if answer.status == 500:
         logger.error("request failed", exc_info=error)
-    return _answer(answer, retry_headers(answer.status, answer.retry_after_s))
+    return _answer(answer, answer.headers)
 
 
 async def answer_http_error(request: Request, error: HTTPException) -> Response:

@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.errors import EngineStopped, HomeUnavailable, RequestError, ServeError, UnknownAdapter
 
+# Of a 503: another replica, or this one's successor, may be there by then.
 RETRY_AFTER_S = 1
 
 
@@ -20,7 +21,7 @@ class ApiError(ServeError):
         kind: str,
         param: str | None = None,
         code: str | None = None,
-        retry_after_s: int = RETRY_AFTER_S,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(status, message)
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
@@ -33,9 +34,9 @@ class ApiError(ServeError):
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
-
-def retry_headers(status: int, after_s: int = RETRY_AFTER_S) -> dict[str, str]:
-    return {"Retry-After": str(after_s)} if status in (429, 503) else {}
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -45,6 +46,11 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 def too_large(max_bytes: int) -> ApiError:
     message = f"The body has more than {max_bytes} bytes (limits.max_body); send less"
     return ApiError(413, message, kind="invalid_request_error", code="body_too_large")
+
+
+def encoded(encoding: str) -> ApiError:
+    message = f"The body's Content-Encoding is {encoding[:100]!r}; send it as it is, without one"
+    return ApiError(415, message, kind="invalid_request_error", code="unsupported_encoding")
 
 
 def too_slow(timeout_s: float) -> ApiError:
@@ -58,8 +64,8 @@ def unavailable(message: str, retry_after_s: int = RETRY_AFTER_S) -> ApiError:
     )
 
 
-def overloaded(message: str) -> ApiError:
-    return ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded")
+def overloaded(message: str, retry_after_s: int) -> ApiError:
+    return ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after_s=retry_after_s)
 
 
 def timed_out(message: str) -> ApiError:
@@ -95,7 +101,5 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, str(error), kind="invalid_request_error", param="model", code="model_not_found")
         case HomeUnavailable() | EngineStopped():
             return unavailable(str(error))
-        case TimeoutError():
-            return timed_out("The request took longer than limits.request_timeout_s; ask for fewer tokens")
         case _:
             return internal_error()

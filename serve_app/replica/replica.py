@@ -37,6 +37,7 @@ from serve_app.replica.load import LoadMeter
 from serve_app.routing.following import ReplicaStatus, RouterState
 from serve_app.routing.own_replicas import PLAN, STAY_S
 from serve_app.supervision import Supervised
+from serve_app.watchdog import Watchdog
 
 # A sequence's last block is part empty; this is vLLM's largest on a CPU.
 _KV_BLOCK_TOKENS = 128
@@ -93,7 +94,8 @@ class GroupReplica:
             engine = starting
             self._answers = make_answers(spec, engine)
             self._keeper = Keeper(engine, partial(open_revision, spec))
-            self._background = Supervised({"revisions": self._keeper.run, "pulse": self._feel_pulse})
+            works = {"revisions": self._keeper.run, "pulse": self._feel_pulse, "watchdog": Watchdog().run}
+            self._background = Supervised(works)
             self._engine = engine
         except Exception as error:
             logger.exception("%s did not start", spec.name)

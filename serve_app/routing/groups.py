@@ -22,11 +22,12 @@ from cluster.bundle.serving_map import ServedAdapter
 from cluster.errors import HomeUnavailable
 from serve_app.engine.revisions import READY, RevisionHealth
 from serve_app.openai.call import Call, Carried, Reply
-from serve_app.openai.errors import overloaded
+from serve_app.openai.errors import ApiError, overloaded, timed_out
 from serve_app.routing.carrying import Carrying, carried
 from serve_app.routing.following import ReplicaStatus, RouterState
 from serve_app.routing.interruption import Interruption
 from serve_app.routing.own_replicas import STAY_S
+from serve_app.routing.pace import Pace
 from serve_app.routing.retries import RetryBudget
 from serve_app.routing.zero import Zero
 
@@ -63,7 +64,7 @@ class GroupClient:
         self._state = RouterState(router, "", None, None)
         self._calls: set[Interruption] = set()
         self._carried: dict[str, set[Interruption]] = {}  # by the replica whose carrier they are on
-        self._retries = RetryBudget()
+        self._retries, self._pace = RetryBudget(), Pace()
         self._router = router
         self.carrying = Carrying(name, self._open_carrier, self._saw, self._lose_carrier)
         self.zero = Zero(name, at_zero, lambda: handle.status.remote(self._state))
@@ -195,7 +196,7 @@ class GroupClient:
 
     async def answer(self, call: Call, deadline: float) -> Reply:
         """The whole answer, in one message. Raises ApiError (429) beyond ``max_inflight``, HomeUnavailable when the
-        group is lost, and TimeoutError at ``deadline`` (the event loop's time)."""
+        group is lost, and ApiError (504) at ``deadline`` (the event loop's time)."""
         with self._admitted(call.num_sequences):
             await self._wake(deadline)
             for is_last in (False, True):
@@ -208,6 +209,8 @@ class GroupClient:
                 except ReplicaLost:
                     if is_last or not self._may_retry(call):
                         raise
+                except TimeoutError:
+                    raise self._too_late() from None
             raise AssertionError("the last try ends by itself")
 
     async def stream(self, call: Call, deadline: float) -> AsyncGenerator[Reply | bytes, None]:
@@ -215,7 +218,7 @@ class GroupClient:
         with self._admitted(call.num_sequences):
             await self._wake(deadline)
             # What a client has begun to read is not begun again.
-            may_retry = True
+            may_retry, has_begun = True, False
             while True:
                 try:
                     async with aclosing(self._stream_once(call, deadline)) as pieces:
@@ -223,13 +226,15 @@ class GroupClient:
                             is_refused = isinstance(piece, Reply) and piece.status == UNAVAILABLE
                             if is_refused and may_retry and self._may_retry(call, 2):
                                 break
-                            may_retry = False
+                            may_retry, has_begun = False, True
                             yield piece
                         else:
                             return
                 except ReplicaLost:
                     if not may_retry or not self._may_retry(call):
                         raise
+                except TimeoutError:
+                    raise self._too_late(has_begun) from None
                 may_retry = False
 
     async def _stream_once(self, call: Call, deadline: float) -> AsyncGenerator[Reply | bytes, None]:
@@ -267,21 +272,40 @@ class GroupClient:
         logger.info("%s: %s is asked again", self.name, call.answer_id)
         return True
 
+    def _too_late(self, has_begun: bool | None = None) -> ApiError:
+        """``has_begun``: None where nobody knows, as of an answer that is one message."""
+        waiting = (
+            f": {self.num_waiting} sequences are waiting for their turn in {self.name}" if self.num_waiting else ""
+        )
+        if has_begun is False:
+            return timed_out(f"The request had not begun after limits.request_timeout_s; try again later{waiting}")
+        told = f", or try again later{waiting}" if waiting and has_begun is None else ""
+        return timed_out(f"The request was not finished after limits.request_timeout_s; ask for fewer tokens{told}")
+
     def _saw(self) -> None:
         self._seen_at = time.monotonic()
 
     @contextmanager
     def _admitted(self, num_sequences: int) -> Iterator[None]:
         if self.num_inflight + num_sequences > self.max_inflight:
-            raise overloaded(
-                f"{self.name} has {self.num_inflight} sequences in flight of {self.max_inflight}; try again later"
-            )
+            told = f"{self.name} has {self.num_inflight} sequences in flight of {self.max_inflight}"
+            wait_s = self._pace.wait_s(self._num_ahead(num_sequences), self.num_inflight)
+            raise overloaded(f"{told}; try again in {wait_s} s", wait_s)
         self.num_inflight += num_sequences
+        began = time.monotonic()
         self._retries.count()
         try:
             yield
         finally:
             self.num_inflight -= num_sequences
+            self._pace.end(num_sequences, time.monotonic() - began)
+
+    def _num_ahead(self, num_sequences: int) -> int:
+        """How many of this router's must end before there is room for so many more: until all that wait have had their
+        turn, because who comes sooner would find as little."""
+        known = self.num_running + self.num_waiting
+        waiting = self.num_inflight * self.num_waiting // known if known else 0
+        return max(waiting, self.num_inflight + num_sequences - self.max_inflight)
 
     @contextmanager
     def _ending(self, response: Any, deadline: float) -> Iterator[Interruption]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from serve_app.openai.call import Reply, error_reply
-from serve_app.openai.errors import as_api_error, retry_headers
+from serve_app.openai.errors import RETRY_AFTER_S, as_api_error
 
 Pieces = AsyncGenerator[Reply | bytes, None]
 """Events; or a Reply alone, where the request was refused."""
@@ -27,7 +27,8 @@ def as_json(body: BaseModel) -> Response:
 
 def as_response(reply: Reply, headers: Mapping[str, str]) -> Response:
     """``headers`` tell who answered: an error has none of them."""
-    own = headers if reply.status == 200 else retry_headers(reply.status)
+    retry = {"Retry-After": str(RETRY_AFTER_S)} if reply.status == 503 else {}
+    own = headers if reply.status == 200 else retry
     return Response(reply.body, reply.status, own, media_type="application/json")
 
 

@@ -35,6 +35,7 @@ from serve_app.routing.map_follower import MapFollower
 from serve_app.routing.responses import as_events, as_response
 from serve_app.routing.start import Start, wait_for_start
 from serve_app.supervision import Supervised
+from serve_app.watchdog import Watchdog
 
 DEFAULT_PAGE, MAX_PAGE = 1000, 10_000
 POLL_INTERVAL_S, FIRST_LOOK_S = 1.0, 5.0
@@ -89,13 +90,17 @@ class Router:
         works: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {"map": self._map.run, "switch": self._switch}
         for name, group in self._groups.items():
             works |= {f"watch of {name}": partial(self._watch, group), f"carriers of {name}": group.carrying.run}
-        self._background = Supervised(works)
+        self._background = Supervised(works | {"watchdog": Watchdog().run})
         if await asyncio.to_thread(is_being_deployed):
             try:
                 await wait_for_start(self._start, spec.ready_share, spec.start_timeout_s)
             except HomeUnavailable:
                 self._background.stop()
                 raise
+
+    async def check_health(self) -> None:
+        """Asked by Serve, which replaces the router when this is not answered. By itself it would ask its own thread,
+        where it has one, and not the loop that answers."""
 
     def _start(self) -> Start:
         num_serving, states = self._serving()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,7 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from cluster.bundle.manifest import Manifest
 from serve_app.app import build
@@ -49,11 +54,11 @@ def expected(bundle: tuple[Path, Manifest], base_path: Path, zoo_path: Path) -> 
 def deploy(bundle: tuple[Path, Manifest], base_path: Path) -> Iterator[Callable[..., App]]:
     with ExitStack() as stack:
 
-        def deploy(replicas: int) -> App:
+        def deploy(replicas: int = 1, **more: Any) -> App:
             port = stack.enter_context(ray_with_serve())
             args: dict[str, Any] = {"bundle": str(bundle[0]), "base": str(base_path), "engine": ENGINE}
             args |= {"limits.max_batch": CLIENTS, "limits.max_model_len": 512, "placement.devices": replicas}
-            serve.run(build(args | {"placement.replicas": replicas}), name="failing")
+            serve.run(build(args | {"placement.replicas": replicas} | more), name="failing")
             app = App(port, "failing")
             wait_until(lambda: app.call("GET", "/ready?all=1")[0] == 200 and len(living(app)) == replicas)
             return app
@@ -115,6 +120,86 @@ def test_of_two_replicas_one_that_hangs_is_replaced_and_the_other_goes_on(
     assert set(living(app)) != before
     assert not load.failed, load.failed[:5]
     assert len(load.cut) <= CLIENTS
+
+
+@pytest.mark.by_hand
+@pytest.mark.parametrize(("what", "number"), [("router", 1), ("router", 2), ("group-0", 2)])
+def test_a_process_whose_event_loop_hangs_ends_itself_and_takes_no_more_along_than_it_was_asked_for(
+    deploy: Callable[..., App], expected: Expected, what: str, number: int
+) -> None:
+    app = deploy(**{"routers": number} if what == "router" else {"replicas": number})
+    title = f"ray::ServeReplica:failing:{what}"
+    wait_until(lambda: len(processes(title)) == number)
+    before = {process.pid for process in processes(title)}
+    with Load(app, expected, tuple(CLUSTER | RAW), CLIENTS) as load:
+        wait_until(partial(has_more_than, load, 3 * CLIENTS))
+        hang(what)
+        began = time.monotonic()
+        wait_until(lambda: not before <= {process.pid for process in processes(title)})
+        took = time.monotonic() - began
+        wait_until(lambda: len(processes(title)) == number)
+        wait_until(partial(has_more_than, load, load.num_answers + 3 * CLIENTS))
+    print(f"gone after {took:.0f} s; {len(load.cut)} cut, {len(load.failed)} failed of {load.num_answers}")
+    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"
+    assert any("the event loop hangs" in log.read_text() for log in logs.glob(f"replica_failing_{what}_*.log"))
+    assert len(load.failed) + len(load.cut) <= CLIENTS, load.failed[:5]
+
+
+def hang(deployment: str) -> None:
+    """One of its processes, in its event loop."""
+    actors = [own["name"] for own in ray.util.list_named_actors(all_namespaces=True)]
+    name = next(name for name in actors if f"failing#{deployment}#" in name)
+    ray.get_actor(name, namespace=SERVE_NAMESPACE).__ray_call__.remote(lambda _: time.sleep(600))
+
+
+def test_a_killed_controller_is_back_and_no_request_notices(deploy: Callable[..., App], expected: Expected) -> None:
+    app = deploy()
+    before = living(app)
+    with Load(app, expected, tuple(CLUSTER | RAW), CLIENTS) as load:
+        wait_until(partial(has_more_than, load, 3 * CLIENTS))
+        for _ in range(2):
+            ray.kill(ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE), no_restart=False)
+            wait_until(partial(has_more_than, load, load.num_answers + 6 * CLIENTS))
+            wait_until(lambda: serve.status().applications["failing"].status == "RUNNING")
+    assert not load.failed, load.failed[:5]
+    assert not load.cut
+    assert living(app) == before
+
+
+@pytest.mark.by_hand
+def test_3000_requests_leave_memory_as_it_was(deploy: Callable[..., App]) -> None:
+    """Whole and streamed ones, refused ones, and streams whose clients leave."""
+    app = deploy(**{"limits.max_batch": 32})
+    own = {process.pid: process for process in processes("ray::ServeReplica:failing:")}
+    assert len(own) == 2, "the router and the replica"
+
+    def ask_one(number: int) -> None:
+        fields: dict[str, Any] = {"model": "roman", "prompt": f"{number}", "max_tokens": 2, "ignore_eos": True}
+        match number % 4:
+            case 0:
+                assert ask_for(fields) == 200
+            case 1:
+                assert ask_for(fields | {"stream": True}) == 200
+            case 2:
+                assert ask_for(fields | {"model": f"nobody-{number}"}) == 404
+            case 3:
+                with contextlib.closing(app.send(fields | {"stream": True, "max_tokens": 400})) as stream:
+                    assert stream.recv(12) == b"HTTP/1.1 200"
+
+    def ask_for(fields: dict[str, Any]) -> int:
+        with app.open("POST", "/v1/completions", body=json.dumps(fields).encode()) as answer:
+            answer.read()
+            return answer.status
+
+    sizes = []
+    with ThreadPoolExecutor(16) as pool:
+        for asked in (range(1000), range(1000, 4000)):
+            list(pool.map(ask_one, asked))
+            wait_until(lambda: app.group("group-0")["num_inflight"] == 0)
+            sizes.append({process.cmdline()[0]: process.memory_full_info().uss >> 10 for process in own.values()})
+    grown = {name: sizes[1][name] - size for name, size in sizes[0].items()}
+    print(f"KiB before {sizes[0]}, grown by {grown}")
+    assert max(grown.values()) < 3000 * 6, grown
 
 
 @pytest.mark.skipif(ENGINE != "vllm", reason="that engine's own process")

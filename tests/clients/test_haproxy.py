@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,6 +126,13 @@ def test_one_bad_adapters_503s_take_no_router_out_of_service(app: Served) -> Non
         assert "sha256" in body["error"]["message"]
         assert headers["retry-after"]
         assert app.complete(model="roman", prompt="Q:", max_tokens=1)[0] == 200
+
+
+def test_a_client_that_closes_its_side_is_taken_for_one_that_has_left_as_the_readme_says(app: Served) -> None:
+    """Serve's template sets abortonclose, which also frees the rows of those that have left."""
+    with contextlib.closing(app.send({"model": "roman", "prompt": "Q:", "max_tokens": 20})) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(12) == b"HTTP/1.1 400"
 
 
 def test_a_client_that_leaves_frees_its_row(app: Served) -> None:

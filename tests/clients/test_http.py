@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import re
 import socket
@@ -405,6 +406,13 @@ def test_errors_have_their_status_and_openais_shape(
         ("GET", "/v1/models?limit=0", None, 400),
         ("GET", "/v1/models?limit=" + "9" * 5000, None, 400),
         ("GET", "/v1/models?order=up", None, 400),
+        ("GET", "/v1/models?limit=%ff&after=%00", None, 400),
+        ("GET", "/v1/models/../../../etc/passwd", None, 404),
+        ("GET", "/v1/models/a%00b", None, 404),
+        ("GET", "/v1/models/%ff%fe", None, 404),
+        ("GET", "/v1/models/" + "a" * 50_000, None, 404),
+        ("DELETE", "/v1/models/add", None, 405),
+        ("TRACE", "/health", None, 405),
     ],
 )
 def test_what_is_no_request_of_ours_is_refused_in_openais_shape(
@@ -459,6 +467,17 @@ def test_a_body_that_does_not_arrive_is_a_408(app: App) -> None:
         head = f"POST {app.prefix}/v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
         slow.sendall(head.encode() + b'{"model":')
         assert slow.recv(12) == b"HTTP/1.1 408"
+
+
+def test_a_zipped_body_is_a_415_that_says_so(app: App) -> None:
+    body = json.dumps({"model": "add", "prompt": "1 + 1 =", "max_tokens": 1}).encode()
+    for encoding, sent, status in (("gzip", gzip.compress(body), 415), ("zstd", b"", 415), ("identity", body, 200)):
+        with app.open("POST", "/v1/completions", {"Content-Encoding": encoding}, sent) as answer:
+            assert answer.status == status
+            told = json.loads(answer.read())
+        if status == 415:
+            assert told["error"]["code"] == "unsupported_encoding"
+            assert encoding in told["error"]["message"]
 
 
 def test_head_is_answered_as_get_is(app: App) -> None:

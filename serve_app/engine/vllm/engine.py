@@ -251,6 +251,8 @@ class VllmEngine:
         from vllm.config import StructuredOutputsConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from serve_app.engine.vllm import detokenizer
+
         if not self._base_path.is_dir():
             raise BaseModelError(f"base model {self._base_path}: no such folder; expected one that transformers loads")
         weights = {home: own.weights for home, own in loaded.items()}
@@ -263,6 +265,7 @@ class VllmEngine:
         if backend := shared.pop("structured_outputs_backend", None):
             shared["structured_outputs_config"] = StructuredOutputsConfig(backend=backend)
         args = AsyncEngineArgs(**shared, **options)
+        detokenizer.rebind()
         return AsyncLLM.from_engine_args(args), tokenizer
 
     def lora_request(self, served: ServedAdapter | None) -> Any:

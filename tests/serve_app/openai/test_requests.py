@@ -243,7 +243,6 @@ def test_a_body_that_is_no_json_object_is_a_400(body: bytes) -> None:
         (UnknownAdapter("no such"), 404, "model_not_found"),
         (HomeUnavailable("broken"), 503, "service_unavailable"),
         (EngineStopped("dead"), 503, "service_unavailable"),
-        (TimeoutError(), 504, "timeout"),
         (RuntimeError("a secret path"), 500, "internal"),
     ],
 )

@@ -104,6 +104,22 @@ def test_the_bases_answer_is_that_of_vllms_own_server_whole_and_streamed(
     running.run(check())
 
 
+def test_the_prompt_is_no_part_of_the_answer_where_it_ends_in_no_whole_character(
+    running: Running, answers: Any
+) -> None:
+    async def check() -> None:
+        for prompt in ("The sign \ufffd", [504, 914, 10813]):
+            asked: dict[str, Any] = {"prompt": prompt, "ignore_eos": True, "return_token_ids": True, "max_tokens": 12}
+            [choice] = json.loads((await answers.answer(call(asked))).body)["choices"]
+            tokens = json.dumps({"model": "the-base", "tokens": choice["token_ids"]}).encode()
+            reply = await answers.answer(Call("detokenize", tokens, "detokenize-0", None, SERVED, 0))
+            assert choice["text"] == json.loads(reply.body)["prompt"].rstrip("\ufffd")
+            told = events(b"".join(await streamed(answers, call(asked, stream=True))).decode())
+            assert "".join(chunk["choices"][0]["text"] for chunk in told) == choice["text"]
+
+    running.run(check())
+
+
 def test_what_vllm_does_not_stream_is_whole_and_more_stops_than_it_takes_all_end_the_answer(
     running: Running, answers: Any
 ) -> None:

@@ -48,6 +48,7 @@ SYMBOLS = {
     ),
     "vllm.lora.punica_wrapper.punica_selector": ("get_punica_wrapper",),
     "vllm.v1.executor.uniproc_executor": ("UniProcExecutor",),
+    "vllm.v1.engine.detokenizer": ("FastIncrementalDetokenizer", "IncrementalDetokenizer.from_new_request"),
     # What serve_app/replica/vllm_answers.py and vllm_request.py answer with.
     "vllm.entrypoints.openai.chat_completion.protocol": ("ChatCompletionRequest",),
     "vllm.entrypoints.openai.chat_completion.serving": ("OpenAIServingChat.create_chat_completion",),
