@@ -149,6 +149,7 @@ def test_a_broken_bundle_never_takes_a_healthy_ones_place(
     assert {served(app) for _ in range(8)} == {bundles[1]["before"].bundle}
 
 
+@pytest.mark.by_hand
 def test_a_fresh_start_of_a_broken_bundle_is_never_running_and_says_why(
     deploy: Callable[..., App],
 ) -> None:

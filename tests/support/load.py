@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tests.support.application import App
 
 PROMPT, NUM_TOKENS = "Q: 48 as a Roman numeral?\nA:", 6
+PAUSE_S = 0.2
 CUT = "a stream that had begun was cut: "
 
 
@@ -37,8 +39,9 @@ def ask(app: App, model: str, stream: bool = False) -> tuple[int, str, str]:
 @dataclass
 class Load:
     """``clients`` ask for ``models`` all the time, whole and streamed. ``expected``: (adapter, served revision) -> its
-    answer. ``failed``: what was not answered rightly; ``cut``: streams that had begun; ``served``: which adapters
-    answered, each by which revision."""
+    answer. ``failed``: what was not answered rightly; ``wrong``: those of them that had another text
+    than they should. ``cut``: streams that had begun. ``troubled_at``: when anything of this was. ``served``: which
+    adapters answered, each by which revision."""
 
     app: App
     expected: Mapping[tuple[str, str], str]
@@ -46,7 +49,9 @@ class Load:
     clients: int
     num_answers: int = 0
     failed: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
+    troubled_at: list[float] = field(default_factory=list)
     served: set[tuple[str, str]] = field(default_factory=set)
 
     def __enter__(self) -> Load:
@@ -72,6 +77,8 @@ class Load:
                 status, served, text = ask(self.app, model, stream)
             except Exception as error:
                 self.failed.append(f"{model}: {type(error).__name__}: {error}")
+                self.troubled_at.append(time.monotonic())
+                time.sleep(PAUSE_S)
                 continue
             self.num_answers += 1
             self.served.add((model, served))
@@ -79,3 +86,8 @@ class Load:
                 self.cut.append(text)
             elif status != 200 or self.expected.get((model, served)) != text:
                 self.failed.append(f"{model}: {status} {served} {text!r}")
+                if status == 200:
+                    self.wrong.append(self.failed[-1])
+            else:
+                continue
+            self.troubled_at.append(time.monotonic())
