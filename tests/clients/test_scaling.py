@@ -207,6 +207,7 @@ def targets() -> dict[str, int]:
     return {name: own["target_num_replicas"] for name, own in deployments.items() if name.startswith("group-")}
 
 
+@pytest.mark.by_hand
 def test_two_groups_share_one_device_and_each_is_answered(
     arguments: dict[str, Any], app: App, expected: Expected
 ) -> None:
