@@ -205,6 +205,7 @@ def test_an_adapter_gets_its_share_as_soon_as_it_is_loaded_and_no_request_fails_
     assert not load.failed, load.failed[:5]
 
 
+@pytest.mark.by_hand
 def test_what_is_wrong_with_an_alias_is_told_where_it_is_looked_for(
     app: App, alias: Callable[..., None], out: Path
 ) -> None:
@@ -241,6 +242,7 @@ def test_what_is_wrong_with_an_alias_is_told_where_it_is_looked_for(
     wait_until(partial(by_every_router, lambda: told()["faults"] == {}))
 
 
+@pytest.mark.by_hand
 def test_a_pinned_revision_follows_aliases(deploy: Callable[..., App], out: Path, first: Manifest) -> None:
     assert main(["alias", str(out), "pinned", "--to", "v7"]) == 0
     app = deploy("pinned", bundle=f"{out}/bundles/{first.bundle}", revision=0)

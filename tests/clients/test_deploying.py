@@ -159,6 +159,7 @@ def test_a_fresh_start_of_a_broken_bundle_is_never_running_and_says_why(
     assert "corrupt" in told.deployments["router"].message
 
 
+@pytest.mark.by_hand
 def test_a_replica_that_comes_back_beside_nothing_serves_what_there_is(deploy: Callable[..., App]) -> None:
     app = deploy("broken", **{"start.ready_share": 0.5})
     wait_until(lambda: app.call("GET", "/ready")[0] == 200)

@@ -133,6 +133,7 @@ def test_nothing_but_a_request_wakes_a_group_at_zero_and_the_answer_is_pefts(
     assert answers_rightly(app, expected, "number-en")
 
 
+@pytest.mark.by_hand
 def test_where_requests_do_not_wait_one_is_told_when_to_come_back_and_wakes_the_group(
     deploy: Callable[..., App], expected: Expected
 ) -> None:
@@ -146,6 +147,7 @@ def test_where_requests_do_not_wait_one_is_told_when_to_come_back_and_wakes_the_
     assert answers_rightly(app, expected, "roman")
 
 
+@pytest.mark.by_hand
 def test_under_load_a_group_grows_and_shrinks_again_and_no_request_fails(
     deploy: Callable[..., App], expected: Expected
 ) -> None:

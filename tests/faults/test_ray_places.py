@@ -111,6 +111,7 @@ def test_the_shipped_files_submit_a_job_to_a_head_with_an_empty_environment(
     assert "published at s3://" in printed
 
 
+@pytest.mark.by_hand
 def test_a_submitted_job_without_credentials_says_on_which_node(head: Head, submission: tuple[Path, list[str]]) -> None:
     checkout, _ = submission
     # Nothing asks the cloud's metadata service here.
@@ -159,6 +160,7 @@ def bare_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         yield head
 
 
+@pytest.mark.by_hand
 def test_a_head_without_the_packages_is_one_line(
     bare_head: Head, place: Place, submission: tuple[Path, list[str]]
 ) -> None:
