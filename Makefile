@@ -78,7 +78,7 @@ test-vllm: $(VLLM_READY) $(BASE)
 	$(VLLM_BIN)/python -m pytest -m vllm --ignore tests/serve_app/engine/vllm/test_triton_kernel.py $(PYTEST_ARGS)
 
 test-vllm-slow: $(VLLM_READY) $(BASE)
-	ENGINE=vllm $(VLLM_BIN)/python -m pytest tests/clients/test_http.py tests/clients/test_aliases.py tests/clients/test_exactness.py tests/clients/test_vllm_server.py tests/clients/test_real_clients.py $(PYTEST_ARGS)
+	ENGINE=vllm $(VLLM_BIN)/python -m pytest tests/clients/test_http.py tests/clients/test_exactness.py tests/clients/test_vllm_server.py tests/clients/test_real_clients.py $(PYTEST_ARGS)
 
 # Not tried yet: no GPU was at hand.
 gpu-check: $(GPU_READY)
