@@ -29,6 +29,7 @@ from serve_app.openai.answers import AliasCard, ModelCard, ModelPage, adapter_ca
 from serve_app.openai.call import Call, Endpoint, read_envelope
 from serve_app.openai.errors import invalid
 from serve_app.routing.following import RouterState
+from serve_app.routing.gauges import EVERY_S, Gauges
 from serve_app.routing.groups import GroupClient
 from serve_app.routing.loaded_map import LoadedMap
 from serve_app.routing.map_follower import MapFollower
@@ -87,7 +88,8 @@ class Router:
             spec.refresh_interval_s,
             spec.follows,
         )
-        works: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {"map": self._map.run, "switch": self._switch}
+        works: dict[str, Callable[[], Coroutine[Any, Any, None]]]
+        works = {"map": self._map.run, "switch": self._switch, "gauges": self._measure}
         for name, group in self._groups.items():
             works |= {f"watch of {name}": partial(self._watch, group), f"carriers of {name}": group.carrying.run}
         self._background = Supervised(works | {"watchdog": Watchdog().run})
@@ -235,6 +237,17 @@ class Router:
             await asyncio.wait(waiting, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED)
             for one in waiting:
                 one.cancel()
+
+    async def _measure(self) -> None:
+        gauges = Gauges()
+        while True:
+            wanted, served = self._map.wanted, self._map.served
+            behind = {
+                name: sum(wanted not in own.held for own in group.replicas if own.health.alive)
+                for name, group in self._groups.items()
+            }
+            gauges.set(served.revision if served else None, wanted, self._map.converged_s, behind)
+            await asyncio.sleep(EVERY_S)
 
     async def _switch(self) -> None:
         """Serve what the replicas are ready for, for ever."""

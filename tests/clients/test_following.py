@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray import serve
 
 from cluster.bundle.manifest import Manifest
@@ -141,6 +143,18 @@ def test_added_updated_removed_and_rolled_back_adapters_are_served_without_a_res
     wait_until(partial(is_served, app, 0))
     assert_answers(app, revisions, first)
     assert replicas(app) == before
+    # The newest that was served is 3, and 0 is again: told as what it is, not as it came.
+    wait_until(lambda: gauge("cts_revision", "served", app) == gauge("cts_revision", "wanted", app) == 0)
+    assert gauge("cts_replicas_behind", "group-0", app) == 0
+
+
+def gauge(name: str, tag: str, app: App) -> float | None:
+    """As Prometheus would read it from Ray's own port."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    own = [line for line in lines if name in line and f'"{tag}"' in line and f'"{app.name}"' in line]
+    return float(own[-1].rpartition(" ")[2]) if own else None
 
 
 def held(app: App) -> list[list[int]]:
