@@ -1,7 +1,7 @@
 """What Ray's metrics say of a router: which revision it serves and wants, and how its groups keep up.
 
-Ray's port has no keys and forgets no series: so groups are told apart there, which the plan bounds, but neither replicas
-nor adapters. `GET /ready` has these.
+Ray's port has no keys and forgets no series: so groups are told apart there, which the plan bounds, but neither
+replicas nor adapters. `GET /ready` has these.
 """
 
 from __future__ import annotations

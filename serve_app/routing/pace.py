@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-NUM_LAST = 100
+NUM_LAST = 20
 # Clients of OpenAI's heed no longer wait.
 MOST_S = 60
 

@@ -146,10 +146,15 @@ def test_a_process_whose_event_loop_hangs_ends_itself_and_takes_no_more_along_th
 
 
 def hang(deployment: str) -> None:
-    """One of its processes, in its event loop."""
+    """One of its processes, in its event loop: the call itself comes by another thread."""
+
+    def stop(actor: Any) -> None:
+        loop = actor._replica_impl._user_callable_wrapper._user_code_event_loop
+        loop.call_soon_threadsafe(time.sleep, 600)
+
     actors = [own["name"] for own in ray.util.list_named_actors(all_namespaces=True)]
     name = next(name for name in actors if f"failing#{deployment}#" in name)
-    ray.get_actor(name, namespace=SERVE_NAMESPACE).__ray_call__.remote(lambda _: time.sleep(600))
+    ray.get_actor(name, namespace=SERVE_NAMESPACE).__ray_call__.remote(stop)
 
 
 def test_a_killed_controller_is_back_and_no_request_notices(deploy: Callable[..., App], expected: Expected) -> None:

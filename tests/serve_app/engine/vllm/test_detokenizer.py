@@ -82,6 +82,6 @@ def test_vllms_own_says_the_prompt_which_is_why_it_is_not_left_to_it(
     """Where this fails, vLLM has mended it, and ours can go."""
     from serve_app.engine.vllm.detokenizer import Detokenizer
 
-    theirs = Detokenizer.__mro__[1]
+    theirs = Detokenizer.__base__  # in vLLM's module ours may stand by its name
     pieces, _ = said(theirs, tokenizer, prompts["U+FFFD"], tokenizer(" is")["input_ids"])
     assert "".join(pieces) == "The sign \ufffd is"
