@@ -20,7 +20,11 @@ ENGINE = os.environ.get("ENGINE", "transformers")
 # Read by every process of Serve, so they must be set where Ray starts: tokens go from deployment to deployment by gRPC
 # instead of Ray's object store, and on the event loop that is there. Not with the router listening on a port of its own
 # besides the proxy's, which is for Serve's HAProxy and keeps a stopped application for 30 seconds.
-SERVE_SETTINGS = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+SERVE_SETTINGS = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+}
 NUM_CLUSTERS, RANK = 2, 16
 STARTUP_TIMEOUT_S = 180
 

@@ -67,6 +67,7 @@ def app(tmp_path_factory: pytest.TempPathFactory, base_path: Path, zoo_path: Pat
     settings = {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         # Two on one machine would have the same ports otherwise.
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["stats"]),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports["metrics"]),

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from cluster.bundle.manifest import Manifest
+from infra.demo.application import SERVE_SETTINGS
 from tests.support.application import App, wait_until
 from tests.support.bundles import write_bundle
 from tests.support.load import NUM_TOKENS, PROMPT, Load
@@ -23,7 +24,6 @@ from tests.support.serving import ENGINE, PATIENCE_S, Peft
 pytestmark = [pytest.mark.slow, pytest.mark.by_hand]
 
 AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-SETTINGS = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
 ADAPTERS = ("roman", "number-en", "past")
 CLIENTS = 8
 
@@ -79,7 +79,7 @@ def told(what: str, load: Load, began: float) -> None:
 def test_a_lost_node_takes_its_own_requests_along_and_is_done_without(
     bundle: tuple[Path, Manifest], expected: dict[tuple[str, str], str], base_path: Path, tmp_path: Path
 ) -> None:
-    with ray_head(tmp_path, **SETTINGS) as head, ExitStack() as stack:
+    with ray_head(tmp_path, **SERVE_SETTINGS) as head, ExitStack() as stack:
         hidden = tmp_path / "hidden"
         hidden.mkdir()
         stack.enter_context(ray_node(head, hidden))

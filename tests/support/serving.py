@@ -32,6 +32,8 @@ def ray_with_serve(num_cpus: int = 8) -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
+    # As serve_app/README.md has it: Serve's controller reads it from its environment, which is this process's.
+    os.environ["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] = "1"
     ray.init(
         address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False
     )
