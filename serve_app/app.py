@@ -43,6 +43,7 @@ SPARE_CALLS = 64
 SPARE_REQUESTS = 1024
 # Calls may be under way for so long after a replica was told to go, besides what a request may take.
 SPARE_S = 30.0
+DAY_S = 86_400.0
 # Serve replaces a replica, and a router, that failed three in a row: one that hangs within some 30 seconds.
 HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2, 6
 # Serve's settings for throughput keep a thousand lines of a process's log in memory; errors alone go out at once. A
@@ -178,8 +179,9 @@ def replica_deployment(arguments: Arguments, spec: ReplicaSpec, replicas: int) -
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_surge_percent=arguments.placement.max_surge_percent,
-        # Routers of the deploy before need it to their own end, and they end after the new ones have started.
-        graceful_shutdown_timeout_s=2 * (arguments.limits.request_timeout_s + SPARE_S) + arguments.start.timeout_s,
+        # Routers of the deploy before need it until the new ones have started, which they may never do. What bounds its
+        # end is that of its calls; one that hangs ends itself, or is killed (RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS).
+        graceful_shutdown_timeout_s=DAY_S,
         graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
         request_router_config=RequestRouterConfig(
             request_router_class=OwnReplicas, request_router_kwargs={PLAN: spec.plan}

@@ -59,8 +59,8 @@ def positive(value: Any) -> float:
 
 def from_0(value: Any) -> float:
     try:
-        return 0.0 if value in (0, "0") else positive(value)
-    except ValueError:
+        return 0.0 if not isinstance(value, bool) and float(value) == 0 else positive(value)
+    except (TypeError, ValueError):
         raise ValueError("a number from 0 on") from None
 
 

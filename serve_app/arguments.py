@@ -130,8 +130,8 @@ class VllmArguments:
 class Arguments:
     """``bundle`` is ``<out>`` or ``<out>/bundles/<id>``; ``base`` a local folder, an ``s3://`` prefix or a hub id.
     ``adapter_chat_templates``: chats of an adapter that brought a template go through that, else through the base's.
-    CURRENT is looked at every ``refresh_interval_s`` seconds, and its next revision of the bundle served; not where
-    ``revision`` pins one.
+    Aliases and CURRENT are looked at every ``refresh_interval_s`` seconds, and CURRENT's next revision of the bundle is
+    served; not where ``revision`` pins one.
     ``routers`` share what a group admits: each has its part of ``limits.max_inflight``."""
 
     bundle: Annotated[str, text]

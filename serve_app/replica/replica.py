@@ -1,7 +1,8 @@
 """One replica of a group: it owns an engine with the base and the group's homes.
 
-Nothing is raised from its start: one deployment that fails makes the whole Serve application DEPLOY_FAILED,
-and requests to it hang. What failed is in ``status``, and the router answers 503 with it.
+Nothing is raised from its start, but where a deploy would have it take a healthy one's place: one deployment that fails
+makes the whole Serve application DEPLOY_FAILED, and requests to it hang. What failed is in ``status``, and the router
+answers 503 with it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from cluster.bundle.reading import Bundle, pinned_bundle, standing_revision
 from cluster.errors import BundleError, CtsError, EngineStopped, StoreError, StoreMissing
 from serve_app.arguments import VllmArguments
 from serve_app.autoscaling import SEQUENCES
-from serve_app.deployed import has_running_replica
+from serve_app.deployed import has_running_replica, is_being_deployed
 from serve_app.engine.protocol import Engine, EngineHealth
 from serve_app.engine.revisions import READY, Revision
 from serve_app.openai.call import Call, Carried, Message, Reply, error_reply
@@ -105,12 +106,11 @@ class GroupReplica:
         await self._dare()
 
     async def _dare(self) -> None:
-        """Serve stops a replica of the deploy before for each new one that does not raise here. Where there is one, it
-        is the better one unless this one has enough; where there is none, little is better than nothing. Raises
-        EngineStopped."""
+        """In a deploy Serve stops a replica of the one before for each new one that does not raise here: that is the
+        better one unless this one has enough. Else little is better than nothing. Raises EngineStopped."""
         if not (lacking := self._lacking()):
             return
-        if await asyncio.to_thread(has_running_replica, self._spec.name):
+        if await asyncio.to_thread(lambda: is_being_deployed() and has_running_replica(self._spec.name)):
             if self._engine is not None:
                 await self._engine.stop()
             raise EngineStopped(lacking)

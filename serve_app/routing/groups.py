@@ -185,6 +185,7 @@ class GroupClient:
             response = self._handle.broadcast("status", state)
             said = await response.results_async(timeout_s=PATIENCE_S, return_exceptions=True)
         except TimeoutError:
+            self._keep_own(state.plan)  # others may have taken their place, which nobody could say
             # One that hangs hides the others from a broadcast. Serve asks one alone that still takes calls.
             alone = self._handle.status.remote(state)
             try:

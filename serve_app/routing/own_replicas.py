@@ -10,7 +10,7 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 PLAN = "plan"
 # For so long a call lasts that keeps a replica there; and so late Serve looks whether calls are left: a router has
 # seen by then that other replicas are there.
-STAY_S, DRAIN_LOOK_S = 8.0, 5.0
+STAY_S, DRAIN_LOOK_S = 20.0, 7.0
 
 
 class OwnReplicas(PowerOfTwoChoicesRequestRouter):
@@ -19,7 +19,7 @@ class OwnReplicas(PowerOfTwoChoicesRequestRouter):
     A deploy replaces routers and groups independently of each other: for a while routers of the plan before and of the
     new one see replicas of both. And Serve takes the last replica of the plan before from the list as soon as a new one
     runs, though its routers still have requests. It is kept here, for it answers until its calls have ended, one of
-    which is each router's ``stay``.
+    which is each router's ``stay``. Of a deployment that Serve deletes nothing can be kept: no call is sent then.
     """
 
     def initialize_state(self, plan: str) -> None:
@@ -38,6 +38,9 @@ class OwnReplicas(PowerOfTwoChoicesRequestRouter):
         if len(own) == len(candidate_replicas):
             by_serve: list[list[RunningReplica]] = await super().choose_replicas(candidate_replicas, pending_request)
             return by_serve
+        if pending_request is not None:
+            # Else Serve asks again at once, for ever, and the event loop does nothing else.
+            pending_request.routing_context.should_backoff = True
         return [random.sample(own, min(2, len(own)))] if own else []
 
     def _is_own(self, replica: RunningReplica) -> bool:

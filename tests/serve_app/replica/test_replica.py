@@ -22,7 +22,7 @@ from tests.support.bundles import flip_a_byte, write_bundle
 def in_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="here"))
     monkeypatch.setattr("serve_app.replica.replica.serve.get_replica_context", lambda: context)
-    monkeypatch.setattr("serve_app.replica.replica.has_running_replica", lambda _: False)
+    monkeypatch.setattr("serve_app.replica.replica.is_being_deployed", lambda: False)
 
 
 async def start(spec: ReplicaSpec) -> GroupReplica:
@@ -49,9 +49,10 @@ def spec(tmp_path: Path, base_path: Path, zoo_path: Path) -> ReplicaSpec:
     )
 
 
-def test_beside_a_replica_that_serves_a_failed_start_is_raised(
+def test_in_a_deploy_beside_a_replica_that_serves_a_failed_start_is_raised(
     spec: ReplicaSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("serve_app.replica.replica.is_being_deployed", lambda: True)
     monkeypatch.setattr("serve_app.replica.replica.has_running_replica", lambda name: name == "group-0")
     with pytest.raises(EngineStopped, match=r"group-0 did not start: .*no-base"):
         asyncio.run(start(spec))
