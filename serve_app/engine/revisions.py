@@ -19,12 +19,14 @@ READY = "ready"
 @dataclass(frozen=True)
 class Revision:
     """``homes`` of the map are this engine's. ``load_home`` returns one's verified weights on the CPU, and which of its
-    adapters failed; it is called in a worker thread."""
+    adapters failed; it is called in a worker thread. ``sizes``: home -> its bytes on the device; one that is missing is
+    not counted."""
 
     number: int
     serving_map: ServingMap
     homes: tuple[str, ...]
     load_home: Callable[[str], LoadedHome]
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

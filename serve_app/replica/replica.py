@@ -29,7 +29,7 @@ from serve_app.engine.protocol import Engine, EngineHealth
 from serve_app.engine.revisions import READY, Revision
 from serve_app.openai.call import Call, Carried, Message, Reply, error_reply
 from serve_app.openai.errors import invalid, unavailable
-from serve_app.placement import count_needs, homes_by_group
+from serve_app.placement import count_needs, home_sizes, homes_by_group
 from serve_app.replica.answering import Answers, EngineAnswers
 from serve_app.replica.base_files import resolve_base
 from serve_app.replica.carrier import Carriers
@@ -292,7 +292,8 @@ def open_revision(spec: ReplicaSpec, number: int) -> Revision:
     serving_map = bundle.serving_map
     if not spec.adapter_chat_templates:
         serving_map = serving_map.with_the_bases_template()
-    return Revision(number, serving_map, homes_by_group(spec.homes, serving_map)[spec.name], bundle.load_home)
+    homes, sizes = homes_by_group(spec.homes, serving_map)[spec.name], home_sizes(bundle.manifest, spec.dtype)
+    return Revision(number, serving_map, homes, bundle.load_home, sizes)
 
 
 def make_answers(spec: ReplicaSpec, engine: Engine) -> Answers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from cluster.bundle.reading import LoadedHome
 from cluster.bundle.serving_map import ServedAdapter, home_of
 from cluster.errors import EngineStopped
+from cluster.units import gib
 from serve_app.engine.prompt import PromptReader
 from serve_app.engine.protocol import EngineHealth, GenerationChunk, GenerationRequest
 from serve_app.engine.revisions import Revision, RevisionHealth, refusal
@@ -26,6 +27,7 @@ from serve_app.engine.transformers.base_model import BaseModel, load_base
 from serve_app.engine.transformers.generation import Answer, Generation
 from serve_app.engine.transformers.grammar import Grammars
 from serve_app.engine.transformers.loop import EngineLoop
+from serve_app.engine.transformers.memory import free_bytes
 from serve_app.engine.transformers.settings import DTYPES, EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -87,11 +89,27 @@ class TransformersEngine:
     async def take_up(self, revision: Revision) -> None:
         loop = self._running()
         known = revision.number in loop.health().revisions
-        await self._load_all(loop.hold(revision))
+        homes = loop.hold(revision)
+        if not known and (lack := self._lack_of_memory(revision, homes)):
+            await self.release(revision.number)
+            raise refusal(revision.number, [lack])
+        await self._load_all(homes)
         if not known and (told := loop.newly_failed(revision.number)):
             await self.release(revision.number)
             raise refusal(revision.number, told)
         loop.confirm(revision.number)
+
+    def _lack_of_memory(self, revision: Revision, homes: Sequence[str]) -> str:
+        """Why ``homes`` cannot be loaded beside what is there; empty where they can. On a CPU each is there twice for a
+        moment: as it was read, and as it is stacked."""
+        sizes = [revision.sizes.get(home_of(home), 0) for home in homes]
+        needed, free = (
+            sum(sizes) + (max(sizes, default=0) if self._device.type == "cpu" else 0),
+            free_bytes(self._device),
+        )
+        if free is None or needed <= free:
+            return ""
+        return f"its new homes need {gib(needed)} besides what is served, and {self._device.type} has {gib(free)} left"
 
     async def release(self, number: int) -> None:
         loop = self._running()

@@ -24,6 +24,7 @@ from cluster.bundle.reading import LoadedHome
 from cluster.bundle.serving_map import ServingMap
 from cluster.errors import (
     BaseModelError,
+    BundleError,
     ConfigError,
     EngineStopped,
     HomeUnavailable,
@@ -461,6 +462,30 @@ def test_a_revision_that_fails_is_refused_whole_and_leaves_the_one_before(
     engine: TransformersEngine, homes: Homes, oracle: dict[str | None, list[int]]
 ) -> None:
     assert_a_broken_revision_changes_nothing(asyncio.Runner(), engine, homes, oracle)
+
+
+def test_a_revision_that_does_not_fit_beside_the_one_before_is_refused_before_anything_of_it_is_loaded(
+    engine: TransformersEngine, homes: Homes, oracle: dict[str | None, list[int]]
+) -> None:
+    loaded = []
+
+    def load(home: str) -> LoadedHome:
+        loaded.append(home)
+        return homes.load(home)
+
+    async def run() -> None:
+        before, new = set(engine.health().revisions), replace(swapped(homes, 7), load_home=load)
+        with pytest.raises(BundleError, match=r"revision 7 is not taken up: its new homes need \d{7,}"):
+            await engine.take_up(replace(new, sizes=dict.fromkeys(new.homes, 2**50)))
+        assert not loaded
+        assert set(engine.health().revisions) == before
+        # What both have in common is there already, however large.
+        await engine.take_up(Revision(7, serving_map(), tuple(CLUSTERS), load, dict.fromkeys(CLUSTERS, 2**50)))
+        assert not loaded
+        await engine.release(7)
+
+    asyncio.Runner().run(run())
+    assert answer(engine, ask("past", max_tokens=6))[0].token_ids == oracle["past"][:6]
 
 
 @pytest.mark.slow
