@@ -74,7 +74,6 @@ def port() -> Iterator[int]:
         serve.start(http_options={"host": "127.0.0.1", "port": number})
         yield number
     finally:
-        serve.shutdown()
         ray.shutdown()
 
 

@@ -451,6 +451,7 @@ def test_a_loop_that_closes_under_its_requests_leaves_the_engine_well(
 # Revisions.
 
 
+@pytest.mark.slow
 def test_two_revisions_of_one_adapter_in_one_batch_each_answer_as_their_own(
     engine: TransformersEngine, homes: Homes, oracle: dict[str | None, list[int]]
 ) -> None:
