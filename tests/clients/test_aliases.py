@@ -200,7 +200,7 @@ def test_an_adapter_gets_its_share_as_soon_as_it_is_loaded_and_no_request_fails_
         second = publish("v7", "v8", "v9", after=first)
         expected |= {("support", second.adapters[name].served): answers[name] for name in answers}
         assert main(["alias", str(out), "support", "--to", "v7=20", "v9=80"]) == 0
-        wait_until(lambda: second.adapters["v9"].served in load.served)
+        wait_until(lambda: ("support", second.adapters["v9"].served) in load.served)
         wait_until(partial(load.has_answered, load.num_answers + 40))
     assert not load.failed, load.failed[:5]
 
