@@ -84,7 +84,7 @@ class AutoscalingArguments:
 class StartArguments:
     """The application is RUNNING when ``ready_share`` of its homes serve; its start fails after ``timeout_s``."""
 
-    ready_share: Annotated[float, part] = 0.9
+    ready_share: Annotated[float, part] = 0.5
     timeout_s: Annotated[float, positive] = 600.0
 
 

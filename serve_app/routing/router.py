@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.bundle.aliases import Targets
 from cluster.bundle.serving_map import ServedAdapter
 from cluster.errors import HomeUnavailable
-from serve_app.deployed import is_being_deployed
+from serve_app.deployed import has_running_replica, is_being_deployed
 from serve_app.engine.revisions import READY
 from serve_app.openai.answers import AliasCard, ModelCard, ModelPage, adapter_card, alias_card, base_card, page
 from serve_app.openai.call import Call, Endpoint, read_envelope
@@ -94,8 +94,9 @@ class Router:
             works |= {f"watch of {name}": partial(self._watch, group), f"carriers of {name}": group.carrying.run}
         self._background = Supervised(works | {"watchdog": Watchdog().run})
         if await asyncio.to_thread(is_being_deployed):
+            is_beside = await asyncio.to_thread(has_running_replica, "router")
             try:
-                await wait_for_start(self._start, spec.ready_share, spec.start_timeout_s)
+                await wait_for_start(self._start, spec.ready_share, spec.start_timeout_s, is_beside)
             except HomeUnavailable:
                 self._background.stop()
                 raise

@@ -27,14 +27,15 @@ class Start:
     otherwise: str
 
 
-async def wait_for_start(look: Callable[[], Start], ready_share: float, timeout_s: float) -> None:
-    """Until ``ready_share`` of the homes serve. The application is not RUNNING before this returns, and what was
-    deployed before goes on until then: a broken deploy must not take a healthy one's place. Raises HomeUnavailable
+async def wait_for_start(look: Callable[[], Start], ready_share: float, timeout_s: float, is_beside: bool) -> None:
+    """Until ``ready_share`` of the homes serve; where this ``is_beside`` a router that it replaces, until every group
+    has settled as well: what is slow here is served there. The application is not RUNNING before this returns, and what
+    was deployed before goes on until then: a broken deploy must not take a healthy one's place. Raises HomeUnavailable
     after ``timeout_s``, or SETTLE_S after no more is to be expected."""
     now = asyncio.get_running_loop().time
     began = told_at = now()
     settled_at: float | None = None
-    while (start := look()).num_serving < ready_share * max(1, len(start.states)):
+    while not _is_enough(start := look(), ready_share, is_beside):
         settled_at = (settled_at or now()) if start.has_settled else None
         reasons = [f"{home}: {state}" for home, state in start.states.items() if state != READY][:3]
         why = (
@@ -47,3 +48,7 @@ async def wait_for_start(look: Callable[[], Start], ready_share: float, timeout_
             told_at = now()
             logger.warning("%s", why)
         await asyncio.sleep(LOOK_S)
+
+
+def _is_enough(start: Start, ready_share: float, is_beside: bool) -> bool:
+    return start.num_serving >= ready_share * max(1, len(start.states)) and (start.has_settled or not is_beside)

@@ -154,7 +154,7 @@ def test_a_fresh_start_of_a_broken_bundle_is_never_running_and_says_why(
     deploy: Callable[..., App],
 ) -> None:
     with pytest.raises(RuntimeError):
-        deploy("broken", **{"start.timeout_s": 20})
+        deploy("broken", **{"start.timeout_s": 20, "start.ready_share": 0.9})
     [told] = [own for own in serve.status().applications.values() if own.status == "DEPLOY_FAILED"]
     assert "corrupt" in told.deployments["router"].message
 
