@@ -145,6 +145,7 @@ def test_a_canary_gets_its_share_of_the_users_each_always_the_same_and_peft_says
     assert {adapter for adapter, _, _ in all_asked(app, USERS[:40], user=lambda _: None)} == {"v7", "v8"}
 
 
+@pytest.mark.by_hand
 def test_streams_and_chats_say_what_was_asked_for_and_the_header_who_answered(
     app: App, alias: Callable[..., None], first: Manifest
 ) -> None:
@@ -185,6 +186,7 @@ def test_rollback_is_one_write_that_takes_effect_in_time_and_fails_no_request(
     assert load.num_answers > 50
 
 
+@pytest.mark.by_hand
 def test_an_adapter_gets_its_share_as_soon_as_it_is_loaded_and_no_request_fails_before(
     app: App,
     alias: Callable[..., None],

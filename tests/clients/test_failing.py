@@ -157,6 +157,7 @@ def hang(deployment: str) -> None:
     ray.get_actor(name, namespace=SERVE_NAMESPACE).__ray_call__.remote(stop)
 
 
+@pytest.mark.by_hand
 def test_a_killed_controller_is_back_and_no_request_notices(deploy: Callable[..., App], expected: Expected) -> None:
     app = deploy()
     before = living(app)

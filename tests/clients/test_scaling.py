@@ -224,6 +224,7 @@ def test_two_groups_share_one_device_and_each_is_answered(
         assert sum(targets().values()) == 1
 
 
+@pytest.mark.by_hand
 def test_numbers_of_a_deployment_change_without_a_restart(
     arguments: dict[str, Any], app: App, expected: Expected
 ) -> None:

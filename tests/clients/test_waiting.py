@@ -86,6 +86,7 @@ def test_streams_that_wait_for_their_turn_have_a_status_and_a_sign_of_life_all_a
             assert max(gaps) < 2.5 * KEEP_ALIVE_S
 
 
+@pytest.mark.by_hand
 def test_requests_whose_time_went_by_in_the_queue_are_not_told_to_ask_for_fewer_tokens(app: App) -> None:
     queued = "sequences are waiting for their turn in group-0"
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(INFLIGHT) as pool:
@@ -107,6 +108,7 @@ def test_requests_whose_time_went_by_in_the_queue_are_not_told_to_ask_for_fewer_
             assert body["error"]["message"].endswith(queued)
 
 
+@pytest.mark.by_hand
 def test_retry_after_is_how_long_the_queue_takes(app: App) -> None:
     """Told by 429s under a load of so many clients as are let in; the reference is how fast their requests end."""
 
