@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from typing import Any
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+
+from infra.process_group import end_group
 
 BUCKET = "tests"
 AMBIENT = (
@@ -93,7 +94,7 @@ def run_seaweed(data_dir: Path) -> Iterator[S3Server]:
             env={**os.environ, **server.environment()},
             start_new_session=True,
         )
-        stack.callback(_end_group, process)
+        stack.callback(end_group, process, 10)
         _wait_until_writable(server, process, log_path)
         yield server
 
@@ -135,13 +136,3 @@ def _wait_until_writable(server: S3Server, process: subprocess.Popen[bytes], log
                 log = log_path.read_text(errors="replace")[-4000:]
                 raise RuntimeError(f"weed mini did not start (exit status {process.poll()}): {error}\n{log}") from error
         time.sleep(0.1)
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from cluster.bundle.revisions import read_current
 from cluster.store.address import open_store
 from infra.bench.http.processes import num_cpus
 from infra.demo.application import free_port
+from infra.process_group import end_group
 from infra.ready import wait_until_ready
 from infra.seaweed import AMBIENT, BUCKET, run_seaweed
 from infra.soak.clients import PROMPTS, Answered, Clients, ask
@@ -174,11 +174,7 @@ def serving(folder: Path, base: Path) -> Iterator[tuple[int, psutil.Process, Pat
             wait_until_ready(url, START_TIMEOUT_S, lambda: process.poll() is None)
             yield port, psutil.Process(process.pid), own
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            end_group(process)
             shutil.rmtree(own, ignore_errors=True)
 
 

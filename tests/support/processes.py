@@ -15,6 +15,7 @@ from cluster.bundle.publish import missing_objects
 from cluster.bundle.reading import Bundle
 from cluster.bundle.revisions import read_current, read_manifest
 from cluster.store.protocol import Store
+from infra.process_group import end_group
 from tests.support.paths import REPOSITORY
 
 
@@ -45,12 +46,7 @@ def running(*command: str, cwd: Path = REPOSITORY, **environment: str) -> Iterat
     try:
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end_group(process)
 
 
 def kill_session(process: subprocess.Popen[str]) -> None:
